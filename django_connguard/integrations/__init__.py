@@ -1,0 +1,1 @@
+"""One module for each job runner; each translates the runner's hooks into units of work."""
