@@ -295,11 +295,12 @@ def test_no_query_of_a_killed_task_goes_on_at_the_server(
 def test_the_main_process_stores_results_after_the_server_has_dropped_its_connection(
     results: Project, server: Server
 ) -> None:
-    before = len(results.noted("revoked"))
     for _ in range(2):
+        before = len(results.noted("revoked"))
         assert stored(server, results.send("add", 1, expires=-1))[0] == "REVOKED"
+        # The receiver of task_revoked runs after that; what is ended in its midst it may lose.
+        assert eventually(lambda: len(results.noted("revoked")) > before)  # noqa: B023
         end(server, server.sessions())
-    assert len(results.noted("revoked")) == before + 2
 
 
 @pytest.mark.skipif(django.VERSION >= (6, 1), reason="django-celery-beat refuses Django 6.1")

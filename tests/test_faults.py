@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ import pytest
 from django.db import DatabaseError, InterfaceError, OperationalError, connection, connections
 
 import django_connguard as connguard
+from django_connguard.drivers.link import SocketLink, poller
 from tests import services
 from tests.own_server import own_server
 from tests.server import Server, alias, eventually, query
@@ -29,9 +29,9 @@ PAUSE = "SELECT pg_sleep(0.002)" if services.vendor() == "postgresql" else "SELE
 
 @dataclass
 class Ended:
-    """When sessions were ended: from when on they are gone for certain."""
+    """Which sessions were ended."""
 
-    gone: dict[int, float] = field(default_factory=dict)
+    gone: set[int] = field(default_factory=set)
 
     def at_random(self, server: Server, done: threading.Event) -> None:
         while not done.wait(random.uniform(0.02, 0.1)):
@@ -41,7 +41,7 @@ class Ended:
             with suppress(DatabaseError):  # MySQL's, if it has ended meanwhile
                 server.end(session)
             assert eventually(lambda session=session: session not in server.sessions())
-            self.gone[session] = time.monotonic()
+            self.gone.add(session)
 
 
 @pytest.mark.parametrize("health_checks", [False, True])
@@ -49,33 +49,35 @@ def test_sessions_ended_at_random_fail_no_job_but_those_they_interrupt(
     server: Server, database: Configure, health_checks: bool
 ) -> None:
     database(CONN_MAX_AGE=None, CONN_HEALTH_CHECKS=health_checks)
-    failures: list[tuple[int | None, float]] = []
+    failures: list[tuple[int | None, int | None]] = []
     done = threading.Event()
     ended = Ended()
 
     def work() -> None:
-        def session() -> int | None:
+        def link() -> SocketLink | None:
             from django_connguard.ownership import current
 
             held = current().held()
-            return held[0].session() if held else None
+            return held[0] if held else None
 
         @connguard.job
         def run() -> None:
             nonlocal held
             held = None
-            connection.ensure_connection()
-            held = session()
-            with connection.cursor() as cursor:
+            with connection.cursor() as cursor:  # where health checks reconnect
+                found = link()
+                held = found and found.session()
                 cursor.execute(PAUSE)
 
         held: int | None = None
         for _ in range(JOBS // THREADS):
-            started = time.monotonic()
+            found = link()
+            # The server takes a session off its list a moment before the client can know of it.
+            lost = held if found and poller(found.descriptor())(0) else None
             try:
                 run()
             except LOST:
-                failures.append((held, started))
+                failures.append((held, lost))
 
     before = connguard.stats()["default"]
     killer = threading.Thread(target=ended.at_random, args=(server, done))
@@ -92,9 +94,9 @@ def test_sessions_ended_at_random_fail_no_job_but_those_they_interrupt(
     assert all(
         number == 1 for held, number in Counter(held for held, _ in failures).items() if held
     )
-    # A job that began when its session was gone for certain has got another one.
-    late = [held for held, started in failures if held and started > ended.gone[held]]
-    assert late == []
+    # A job before which the end of the thread's session had arrived has got another one.
+    assert [held for held, lost in failures if held and held == lost] == []
+    assert {held for held, _ in failures if held} <= ended.gone
     assert len(failures) <= len(ended.gone)
     after = connguard.stats()["default"]
     closed = {

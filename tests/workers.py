@@ -145,7 +145,8 @@ class Project:
 
     def noted(self, key: str) -> list[Any]:
         """Return what the processes have noted in the journal under ``key``."""
-        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        text = self.journal.read_text() if self.journal.exists() else ""
+        lines = text.split("\n")[:-1]  # what follows the last end of a line is still being written
         return [line for line in map(json.loads, lines) if key in line]
 
     def jobs(self, name: str) -> list[dict[str, Any]]:
