@@ -172,7 +172,7 @@ class Project:
         """Run a worker that is ready."""
         arguments = ("worker", "--without-gossip", "--without-mingle", "-l", "info", *arguments)
         with self.process(*arguments, "-n", f"{self.prefix}@host") as process:
-            assert eventually(lambda: bool(self.noted("ready")), 20), process.log()
+            assert eventually(lambda: bool(self.noted("ready")), 60), process.log()
             yield process
 
     def clean(self) -> None:
