@@ -8,20 +8,11 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 Message = Any  # a library's own: ConsumerRecord, or confluent_kafka.Message
 
 logger = logging.getLogger("django_connguard")
-
-
-class Place(NamedTuple):
-    """Where a message stands."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: float | None  # seconds since the epoch; None from brokers before 0.10
 
 
 class Client:
@@ -75,13 +66,13 @@ class Client:
 
     def pause(self) -> set[Any]:
         """Pause what is assigned and not paused; return what that is."""
-        paused = self._assigned() - self._paused()
+        paused = self.assigned() - self._paused()
         self.consumer.pause(*paused)
         return paused
 
     def resume(self, partitions: set[Any]) -> None:
         """Fetch from these again, as far as they are still assigned."""
-        self.consumer.resume(*partitions & self._assigned())
+        self.consumer.resume(*partitions & self.assigned())
 
     def highwater(self, partition: Any) -> int | None:
         """Return the offset that the next message to be written will have, if it is known."""
@@ -92,15 +83,13 @@ class Client:
         """Return the offset of the next message."""
         return self.consumer.position(partition)
 
-    def assigned(self) -> set[Any]:
-        return self._assigned()
-
     def close(self) -> Any:
         """Close the consumer, which leaves its group."""
         self.consumer.close()
 
-    def _assigned(self) -> set[Any]:
-        return set(self.consumer.assignment())
+    def assigned(self) -> set[Any]:
+        """Return the library's own names of the partitions assigned."""
+        return set() if self.is_closed() else set(self.consumer.assignment())
 
     def _paused(self) -> set[Any]:
         return set(self.consumer.paused())
@@ -138,7 +127,7 @@ class KafkaPython(Client):
     def rewind(self, messages: Iterable[Message]) -> None:
         from kafka import TopicPartition
 
-        assigned = self._assigned()
+        assigned = self.assigned()
         for (topic, partition), (first, last) in spans(messages).items():
             there = TopicPartition(topic, partition)
             if there in assigned and self.consumer.position(there) > last:
@@ -148,7 +137,7 @@ class KafkaPython(Client):
         from kafka import TopicPartition
 
         there = TopicPartition(topic, partition)
-        if there in self._assigned():
+        if there in self.assigned():
             self.consumer.seek(there, offset)
 
     def commit(self, messages: Iterable[Message]) -> None:
@@ -221,14 +210,11 @@ class Confluent(Client):
             self.seek(topic, partition, first)
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
-        from confluent_kafka import KafkaException, TopicPartition
+        from confluent_kafka import TopicPartition
 
         there = TopicPartition(topic, partition, offset)
-        try:
+        if there in self.assigned():
             self.consumer.seek(there)
-        except KafkaException:
-            if there in self._assigned():
-                raise
 
     def commit(self, messages: Iterable[Message]) -> None:
         from confluent_kafka import TopicPartition
@@ -241,12 +227,12 @@ class Confluent(Client):
             self.consumer.commit(offsets=offsets, asynchronous=False)
 
     def pause(self) -> set[Any]:
-        paused = self._assigned()
+        paused = self.assigned()
         self.consumer.pause(list(paused))
         return paused
 
     def resume(self, partitions: set[Any]) -> None:
-        self.consumer.resume(list(partitions & self._assigned()))
+        self.consumer.resume(list(partitions & self.assigned()))
 
     def highwater(self, partition: Any) -> int | None:
         found = self.consumer.get_watermark_offsets(partition, cached=True)
@@ -289,7 +275,7 @@ class AioKafka(Client):
     async def rewind(self, messages: Iterable[Message]) -> None:
         from aiokafka import TopicPartition
 
-        assigned = self._assigned()
+        assigned = self.assigned()
         for (topic, partition), (first, last) in spans(messages).items():
             there = TopicPartition(topic, partition)
             if there in assigned and await self.consumer.position(there) > last:
@@ -299,7 +285,7 @@ class AioKafka(Client):
         from aiokafka import TopicPartition
 
         there = TopicPartition(topic, partition)
-        if there in self._assigned():
+        if there in self.assigned():
             self.consumer.seek(there, offset)
 
     async def commit(self, messages: Iterable[Message]) -> None:
@@ -353,48 +339,52 @@ def client_of(consumer: Any, function: str, *, commits: bool = False) -> Client:
     return client
 
 
-def place(message: Message) -> Place:
-    """Return where a message of any library stands; raises TypeError for what is none."""
+def place(message: Message) -> tuple[str, int, int]:
+    """Return a message's topic, partition and offset; raises TypeError for what is none."""
     try:
         topic = message.topic
-        if callable(topic):
-            known, timestamp = message.timestamp()  # what kind it is of: 0 is none
-            stamp = timestamp if known else None
-            return Place(topic(), message.partition(), message.offset(), _seconds(stamp))
-        return Place(topic, message.partition, message.offset, _seconds(message.timestamp))
+        if callable(topic):  # confluent-kafka's
+            return topic(), message.partition(), message.offset()
+        return topic, message.partition, message.offset
     except AttributeError as error:
         raise TypeError(f"This is no Kafka message: {message!r}.") from error
 
 
-def _seconds(milliseconds: int | None) -> float | None:
-    return None if milliseconds is None or milliseconds < 0 else milliseconds / 1000
+def wait_of(message: Message) -> float | None:
+    """Return for how many seconds a message has waited, by its own timestamp if it has one."""
+    timestamp = message.timestamp
+    if callable(timestamp):
+        kind, timestamp = timestamp()
+        timestamp = timestamp if kind else None
+    if timestamp is None or timestamp < 0:  # from a broker before 0.10
+        return None
+    return max(0.0, time.time() - float(timestamp) / 1000)
 
 
-@cache
-def unit_name(topic: str, partition: int) -> str:
-    """Return the name of the unit of work that handles a message."""
-    return f"{topic}[{partition}]"
+def message_name(message: Message) -> str:
+    """Return the name of the unit of work that handles a message; TypeError if it is none."""
+    topic, partition, _ = place(message)
+    return _name(topic, partition)
 
 
-def name_of(messages: Iterable[Message]) -> str:
+def batch_name(messages: Iterable[Message]) -> str:
     """Return the same for a batch: ``topic[*]`` for several partitions, ``a+b[*]`` for topics."""
     found = spans(messages)
     if len(found) == 1:
-        return unit_name(*next(iter(found)))
+        return _name(*next(iter(found)))
     return "+".join(sorted({topic for topic, _ in found})) + "[*]"
 
 
-def wait_of(message: Message) -> float | None:
-    """Return for how many seconds a message has waited, by its own timestamp."""
-    timestamp = place(message).timestamp
-    return None if timestamp is None else max(0.0, time.time() - timestamp)
+@cache
+def _name(topic: str, partition: int) -> str:
+    return f"{topic}[{partition}]"
 
 
 def spans(messages: Iterable[Message]) -> dict[tuple[str, int], tuple[int, int]]:
     """Return the first and the last offset of each partition."""
     found: dict[tuple[str, int], tuple[int, int]] = {}
     for message in messages:
-        topic, partition, offset, _ = place(message)
+        topic, partition, offset = place(message)
         first, last = found.get((topic, partition), (offset, offset))
         found[topic, partition] = min(first, offset), max(last, offset)
     return found

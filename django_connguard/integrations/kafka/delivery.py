@@ -15,7 +15,13 @@ from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.db import InterfaceError, OperationalError, connections
 
 from django_connguard.boundary import Unit
-from django_connguard.integrations.kafka.clients import Client, Message, client_of, name_of, place
+from django_connguard.integrations.kafka.clients import (
+    Client,
+    Message,
+    client_of,
+    message_name,
+    place,
+)
 from django_connguard.integrations.kafka.loops import handler
 from django_connguard.integrations.kafka.stopping import stopping
 from django_connguard.long_jobs import checkpoint
@@ -171,18 +177,18 @@ class _Delivery:
         if is_database_error(error) and not (yield self._with_database(is_reachable)):
             logger.warning(
                 "Kafka: %s waits for the database, which is out of reach: %s",
-                *(name_of([message]), error),
+                *(message_name(message), error),
             )
             yield from self._wait_for_database()
             return
-        topic, partition, offset, _ = place(message)
+        topic, partition, offset = place(message)
         before, count = self.failures.get((topic, partition), (offset, 0))
         count = count + 1 if before == offset else 1
         self.failures[topic, partition] = offset, count
         if count < self.tries:
             logger.warning(
                 "Kafka: %s, offset %d, has failed %d of %d times: %r",
-                *(name_of([message]), offset, count, self.tries, error),
+                *(message_name(message), offset, count, self.tries, error),
             )
             yield from self._wait(count)
             return
@@ -191,7 +197,7 @@ class _Delivery:
             raise error
         logger.error(
             "Kafka: %s, offset %d, is given up after %d times.",
-            *(name_of([message]), offset, count),
+            *(message_name(message), offset, count),
             exc_info=error,
         )
         yield self.poison, message, error

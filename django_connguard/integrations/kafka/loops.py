@@ -13,19 +13,20 @@ from django.db.transaction import TransactionManagementError
 
 from django_connguard.async_unit import AsyncUnit
 from django_connguard.boundary import Unit
+from django_connguard.drivers.link import IN_TRANSACTION
 from django_connguard.integrations.kafka.clients import (
     Client,
     Message,
+    batch_name,
     client_of,
-    name_of,
-    place,
-    unit_name,
+    message_name,
     wait_of,
 )
 from django_connguard.integrations.kafka.stopping import stopping
 from django_connguard.job import job
 from django_connguard.long_jobs import acheckpoint, checkpoint
 from django_connguard.ownership import current
+from django_connguard.signals import job_finished
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -100,9 +101,9 @@ def _handler(func: Callable[..., Any], retry_stale: int) -> Callable[..., Any]:
         async def run_async(*args: Any, **kwargs: Any) -> Any:
             message = _message_in(*args, *kwargs.values())
             if retry_stale:
-                again = job(name=name_of([message]), shared=True, retry_stale=retry_stale)
+                again = job(name=message_name(message), shared=True, retry_stale=retry_stale)
                 return await again(func)(*args, **kwargs)
-            async with _async_unit([message]):
+            async with _async_unit(message_name(message), message):
                 return await func(*args, **kwargs)
 
         return run_async
@@ -111,9 +112,9 @@ def _handler(func: Callable[..., Any], retry_stale: int) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         message = _message_in(*args, *kwargs.values())
         if retry_stale:
-            again = job(name=name_of([message]), retry_stale=retry_stale)
+            again = job(name=message_name(message), retry_stale=retry_stale)
             return again(func)(*args, **kwargs)
-        with _unit(message):
+        with _unit(message_name(message), message):
             return func(*args, **kwargs)
 
     return run
@@ -170,20 +171,20 @@ def _messages(client: Client, timeout: float, stop: Event | None) -> Generator[M
                 checkpoint()
                 continue
             waited = 0.0
-            unit = _unit(message)
+            unit = _unit(message_name(message), message)
             try:
                 with unit:
                     yield message
-            except GeneratorExit:
+            except BaseException:
                 client.rewind([message])
                 raise
     client.close()
 
 
-def _unit(message: Message) -> Unit:
-    topic, partition, *_ = place(message)
-    unit = Unit(unit_name(topic, partition), nests=False)
-    unit.queue_wait = wait_of(message)
+def _unit(name: str, first: Message) -> Unit:
+    unit = Unit(name, nests=False)
+    if job_finished.receivers:
+        unit.queue_wait = wait_of(first)
     return unit
 
 
@@ -199,9 +200,9 @@ async def _messages_async(
                 await acheckpoint()
                 continue
             try:
-                async with _async_unit([message]):
+                async with _async_unit(message_name(message), message):
                     yield message
-            except GeneratorExit:
+            except BaseException:
                 await client.rewind([message])
                 raise
     await client.close()
@@ -216,15 +217,14 @@ def _batches(
             if not batch:
                 checkpoint()
                 continue
-            unit = Unit(name_of(batch), nests=False)
-            unit.queue_wait = wait_of(batch[0])
+            unit = _unit(batch_name(batch), batch[0])
             try:
                 with unit:
                     yield batch
                     if commit:
-                        _must_be_committed()
+                        _must_be_committed(unit)
                         client.commit(batch)
-            except (GeneratorExit, TransactionManagementError):
+            except BaseException:
                 client.rewind(batch)
                 raise
     if not client.is_closed():
@@ -240,33 +240,38 @@ async def _batches_async(
             if not batch:
                 await acheckpoint()
                 continue
+            unit = _async_unit(batch_name(batch), batch[0])
             try:
-                async with _async_unit(batch):
+                async with unit:
                     yield batch
                     if commit:
-                        await sync_to_async(_must_be_committed)()
+                        await sync_to_async(_must_be_committed)(unit.unit)
                         await client.commit(batch)
-            except (GeneratorExit, TransactionManagementError):
+            except BaseException:
                 await client.rewind(batch)
                 raise
     if not client.is_closed():
         await client.close()
 
 
-def _async_unit(batch: list[Message]) -> AsyncUnit:
+def _async_unit(name: str, first: Message) -> AsyncUnit:
     # Shared: on a thread of its own each unit of work would open a connection of its own.
-    unit = AsyncUnit(name_of(batch), shared=True, nests=False)
-    unit.unit.queue_wait = wait_of(batch[0])
+    unit = AsyncUnit(name, shared=True, nests=False)
+    unit.unit.queue_wait = wait_of(first)
     return unit
 
 
-def _must_be_committed() -> None:
-    """Raise TransactionManagementError if the boundary would roll the batch's work back."""
-    for link in current().held():
+def _must_be_committed(unit: Unit) -> None:
+    """Raise TransactionManagementError if the boundary is about to roll the batch's work back."""
+    if unit.started is None:  # it has nothing to say: inside a TestCase's transaction, for instance
+        return
+    for link in current().links.values():
         wrapper = link.wrapper
-        if wrapper.in_atomic_block or link.state():
+        autocommits = wrapper.autocommit == wrapper.settings_dict["AUTOCOMMIT"]
+        if wrapper.in_atomic_block or (
+            wrapper.connection is not None and (not autocommits or link.state() == IN_TRANSACTION)
+        ):
             raise TransactionManagementError(
-                f"The batch's body has left a transaction or a query open on connection "
-                f"{wrapper.alias!r}: its offsets are not committed. Commit, or end the atomic "
-                f"block, before the next batch is asked for."
+                f"The batch's body has left a transaction open on connection {wrapper.alias!r}: "
+                "its offsets are not committed. End it before the next batch is asked for."
             )
