@@ -36,7 +36,10 @@ class Run:
 
     def script(self, code: str, **settings: Any) -> subprocess.CompletedProcess[str]:
         """Run Python code of any kind instead."""
-        return _finish(self._start(code, **settings))
+        return _finish(self.start_script(code, **settings))
+
+    def start_script(self, code: str, **settings: Any) -> subprocess.Popen[str]:
+        return self._start(code, **settings)
 
     def start(self, *arguments: str, prelude: str = "", **settings: Any) -> subprocess.Popen[str]:
         code = f"{prelude}\nimport runpy; runpy.run_module('django', run_name='__main__')"

@@ -18,14 +18,19 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "one_driver: slow, and the same with either driver of a server: run with one only",
     )
+    config.addinivalue_line(
+        "markers", "one_server: slow, and the same on any database server: run with psycopg only"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without its server nothing here can mean anything: skip all, or fail where CI requires it."""
-    if services.driver() in ("psycopg2", "pymysql"):
-        for item in items:
-            if item.get_closest_marker("one_driver"):
-                item.add_marker(pytest.mark.skip(reason="run with psycopg and mysqlclient"))
+    driver = services.driver()
+    for item in items:
+        if driver in ("psycopg2", "pymysql") and item.get_closest_marker("one_driver"):
+            item.add_marker(pytest.mark.skip(reason="run with psycopg and mysqlclient"))
+        if driver != "psycopg" and item.get_closest_marker("one_server"):
+            item.add_marker(pytest.mark.skip(reason="run with psycopg"))
     if settings.SERVICE_MISSING is None:
         return
     if services.required():

@@ -227,7 +227,9 @@ def serve_mock_cluster(brokers: int) -> None:
     """Print the addresses of a mock cluster, and keep it until the standard input ends."""
     from confluent_kafka import Producer
 
-    owner = Producer({"test.mock.num.brokers": brokers, "bootstrap.servers": "unused", "log_level": 3})
+    owner = Producer(
+        {"test.mock.num.brokers": brokers, "bootstrap.servers": "unused", "log_level": 3}
+    )
     found = owner.list_topics(timeout=30).brokers.values()
     sys.stdout.write(",".join(f"{broker.host}:{broker.port}" for broker in found) + "\n")
     sys.stdout.flush()

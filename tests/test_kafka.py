@@ -1,0 +1,593 @@
+"""Units of work in loops over Kafka consumers, with each client library on a broker for it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import connection, transaction
+from django.db.transaction import TransactionManagementError
+from django.test import override_settings
+
+import django_connguard as connguard
+from django_connguard.integrations.kafka import (
+    adeliver,
+    batches,
+    deliver,
+    guard_listener,
+    handler,
+    lag,
+    messages,
+)
+from tests.command import Run
+from tests.kafka_clients import AioKafka, Confluent, KafkaPython
+from tests.own_kafka import Broker, MockCluster, own_broker, own_mock_cluster
+from tests.server import Server, backend_id, query
+
+Configure = Callable[..., None]
+pytestmark = pytest.mark.one_server
+
+
+@pytest.fixture(scope="module")
+def broker() -> Iterator[Broker]:
+    with own_broker() as broker:
+        yield broker
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[MockCluster]:
+    with own_mock_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def kafka(broker: Broker) -> Iterator[KafkaPython]:
+    """kafka-python with a real broker."""
+    client = KafkaPython(broker)
+    yield client
+    client.close_all()
+
+
+@pytest.fixture(params=["kafka-python", "confluent-kafka", "aiokafka"])
+def client(request: pytest.FixtureRequest) -> Iterator[KafkaPython]:
+    """Each library in turn."""
+    if request.param == "kafka-python":
+        client = KafkaPython(request.getfixturevalue("broker"))
+    else:
+        kind = {"confluent-kafka": Confluent, "aiokafka": AioKafka}[request.param]
+        client = kind(request.getfixturevalue("cluster"))
+    yield client
+    client.close_all()
+
+
+@pytest.fixture
+def group() -> str:
+    return f"g{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[dict[str, Any]]]:
+    """What job_finished tells of each unit of work."""
+    found: list[dict[str, Any]] = []
+
+    def note(signal: object, sender: object, **told: Any) -> None:
+        found.append(told)
+
+    connguard.job_finished.connect(note)
+    yield found
+    connguard.job_finished.disconnect(note)
+
+
+def test_each_message_is_a_unit_of_work_named_after_its_partition(
+    client: KafkaPython, group: str, server: Server, database: Configure, jobs: list[dict[str, Any]]
+) -> None:
+    database(CONN_MAX_AGE=None)
+    topic = client.topic(range(8))
+    values, backends = [], set()
+
+    def body(message: Any) -> bool:
+        backends.add(backend_id())
+        assert len(jobs) == len(values)  # the unit of work is open
+        values.append(int(client.value(message)))
+        return len(values) == 8
+
+    client.each(client.consumer(topic, group), body)
+    assert sorted(values) == list(range(8))
+    assert len(backends) == 1
+    assert {job["name"] for job in jobs} == {f"{topic}[{number}]" for number in range(4)}
+    assert len(jobs) == 8
+    assert all(job["exception"] is None for job in jobs)
+
+
+def test_age_0_closes_after_each_message(
+    client: KafkaPython, group: str, database: Configure, jobs: list[dict[str, Any]]
+) -> None:
+    database(CONN_MAX_AGE=0)
+    seen: list[object] = []
+
+    def body(message: Any) -> bool:
+        seen.append(query())
+        return len(seen) == 4
+
+    client.each(client.consumer(client.topic(range(4)), group), body)
+    assert [job["closed"] for job in jobs] == [{"age": 1}] * 4
+
+
+def test_a_session_that_ends_between_messages_fails_none(
+    client: KafkaPython, group: str, server: Server, database: Configure
+) -> None:
+    database(CONN_MAX_AGE=None)
+    backends = []
+
+    def body(message: Any) -> bool:
+        backends.append(backend_id())
+        server.end_all()
+        return len(backends) == 4
+
+    server._wrapper.inc_thread_sharing()
+    client.each(client.consumer(client.topic(range(4)), group), body)
+    assert len(set(backends)) == 4
+
+
+@pytest.mark.parametrize("poll", [0.5, 6.0])
+def test_an_idle_consumer_holds_no_connection_past_its_age(
+    client: KafkaPython, group: str, server: Server, database: Configure, poll: float
+) -> None:
+    """Waiting for 6 s: in its own thread at each poll's return, or by the reaper in a long one."""
+    if poll > 1 and type(client) is not KafkaPython:
+        pytest.skip("the reaper knows no Kafka")
+    database(CONN_MAX_AGE=2)
+    stop = threading.Event()
+    held: list[int] = []
+
+    def look() -> None:
+        time.sleep(1)
+        held.append(server.count())
+        time.sleep(4)
+        held.append(server.count())
+        time.sleep(1)
+        stop.set()
+
+    looking = threading.Thread(target=look)
+
+    def body(message: Any) -> None:
+        query()
+        looking.start()
+
+    server._wrapper.inc_thread_sharing()
+    consumer = client.consumer(client.topic([1]), group)
+    with override_settings(CONNGUARD={"CLOSE_IDLE": poll > 1}):
+        client.each(consumer, body, stop=stop, timeout=poll)
+    assert held == [1, 0]
+    assert client.is_closed(consumer)
+
+
+def test_the_message_that_ended_the_loop_comes_again_and_those_before_it_do_not(
+    kafka: KafkaPython, group: str, database: Configure
+) -> None:
+    """With the auto-commit that bare loops lose messages by, at close()."""
+    topic = kafka.topic()
+    kafka.produce(topic, range(5), partitions=1)
+    handled = []
+
+    def body(message: Any) -> None:
+        if kafka.value(message) == "3":
+            raise ValueError("the handler fails")
+        handled.append(kafka.value(message))
+
+    consumer = kafka.consumer(topic, group, auto_commit=True)
+    with pytest.raises(ValueError, match="the handler fails"):
+        kafka.each(consumer, body)
+    consumer.close()
+    assert handled == ["0", "1", "2"]
+    again: list[str] = []
+
+    def note(message: Any) -> bool:
+        again.append(kafka.value(message))
+        return len(again) == 2
+
+    kafka.each(kafka.consumer(topic, group), note)
+    assert again == ["3", "4"]
+
+
+def test_a_commit_in_the_body_means_the_messages_so_far(
+    kafka: KafkaPython, group: str, database: Configure
+) -> None:
+    from kafka import TopicPartition
+
+    topic = kafka.topic()
+    kafka.produce(topic, range(5), partitions=1)
+    consumer = kafka.consumer(topic, group)
+    committed = []
+
+    def body(message: Any) -> bool:
+        consumer.commit()
+        committed.append(consumer.committed(TopicPartition(topic, 0)))
+        return len(committed) == 3
+
+    kafka.each(consumer, body)
+    consumer.close()
+    assert committed == [1, 2, 3]
+
+
+def test_the_consumers_own_timeout_ends_the_loop(
+    kafka: KafkaPython, group: str, database: Configure
+) -> None:
+    consumer = kafka.consumer(kafka.topic([1, 2]), group, consumer_timeout_ms=4000)
+    found = [kafka.value(message) for message in messages(consumer)]
+    assert sorted(found) == ["1", "2"]
+    assert consumer.config["consumer_timeout_ms"] == 4000
+    consumer.close()
+
+
+def test_offsets_are_committed_after_the_batch_and_its_work(
+    client: KafkaPython, group: str, server: Server, database: Configure, jobs: list[dict[str, Any]]
+) -> None:
+    topic = client.topic(range(20))
+    stop = threading.Event()
+    found: list[str] = []
+
+    def body(batch: list[Any]) -> None:
+        query()
+        found.extend(map(client.value, batch))
+        if len(found) == 20:
+            stop.set()
+
+    client.each_batch(client.consumer(topic, group), body, commit=True, stop=stop, max_records=8)
+    assert len(found) == len(set(found)) == 20
+    assert all(job["name"].startswith(topic) for job in jobs)
+    assert 3 <= len(jobs) <= 20
+    # The next consumer of the group gets what is new only.
+    client.produce(topic, ["new"])
+    client.each_batch(client.consumer(topic, group), lambda batch: found.extend(batch) or True)
+    assert [client.value(message) for message in found[20:]] == ["new"]
+
+
+def test_nothing_is_committed_when_the_body_fails(
+    client: KafkaPython, group: str, database: Configure
+) -> None:
+    topic = client.topic(range(4))
+
+    def fail(batch: list[Any]) -> None:
+        raise ValueError("the body fails")
+
+    first = client.consumer(topic, group)
+    with pytest.raises(ValueError, match="the body fails"):
+        client.each_batch(first, fail, commit=True)
+    client.close(first)
+    stop = threading.Event()
+    found: list[str] = []
+
+    def body(batch: list[Any]) -> None:
+        found.extend(map(client.value, batch))
+        if len(found) == 4:
+            stop.set()
+
+    client.each_batch(client.consumer(topic, group), body, commit=True, stop=stop)
+    assert sorted(found) == list("0123")
+
+
+def test_offsets_of_work_that_would_be_rolled_back_are_not_committed(
+    client: KafkaPython, group: str, database: Configure
+) -> None:
+    topic = client.topic(range(4))
+
+    def body(batch: list[Any]) -> None:
+        transaction.set_autocommit(False)
+        query()
+
+    consumer = client.consumer(topic, group)
+    with pytest.raises(TransactionManagementError, match="left a transaction open"):
+        client.each_batch(consumer, body, commit=True)
+    client.close(consumer)
+    assert connection.connection is None or connection.get_autocommit()
+    found: list[Any] = []
+    client.each_batch(client.consumer(topic, group), lambda batch: found.extend(batch) or True)
+    assert found
+
+
+def test_a_failing_message_is_given_up_after_its_tries_and_none_is_lost(
+    client: KafkaPython, group: str, database: Configure, jobs: list[dict[str, Any]]
+) -> None:
+    topic = client.topic(range(20))
+    stop = threading.Event()
+    seen: list[str] = []
+    poisoned: list[tuple[str, str]] = []
+
+    def handle(message: Any) -> None:
+        value = client.value(message)
+        seen.append(value)
+        if value == "13":
+            raise ValueError("poison")
+        if len(set(seen)) == 20 and poisoned:
+            stop.set()
+
+    def poison(message: Any, error: Exception) -> None:
+        poisoned.append((client.value(message), repr(error)))
+        if len(set(seen)) == 20:
+            stop.set()
+
+    client.deliver(
+        client.consumer(topic, group),
+        handle,
+        poison=poison,
+        tries=3,
+        backoff=(0.01, 0.02),
+        stop=stop,
+    )
+    assert poisoned == [("13", "ValueError('poison')")]
+    assert seen.count("13") == 3
+    assert set(seen) == {str(number) for number in range(20)}
+    failed = [job["name"] for job in jobs if job["exception"]]
+    assert failed == [f"{topic}[1]"] * 3
+
+
+def test_without_a_callback_a_failing_message_ends_the_delivery_and_stays(
+    client: KafkaPython, group: str, database: Configure
+) -> None:
+    topic = client.topic()
+    client.produce(topic, ["fine", "bad", "behind"], partitions=1)
+    handled: list[str] = []
+
+    def handle(message: Any) -> None:
+        if client.value(message) == "bad":
+            raise ValueError("it fails")
+        handled.append(client.value(message))
+
+    consumer = client.consumer(topic, group)
+    with pytest.raises(ValueError, match="it fails"):
+        client.deliver(consumer, handle, tries=2, backoff=(0.01, 0.02))
+    client.close(consumer)
+    assert handled == ["fine"]
+    again: list[str] = []
+
+    def note(message: Any) -> bool:
+        again.append(client.value(message))
+        return len(again) == 2
+
+    client.each(client.consumer(topic, group), note)
+    assert again == ["bad", "behind"]
+
+
+def test_a_handler_in_anyones_loop_is_a_unit_of_work(
+    kafka: KafkaPython, group: str, database: Configure, jobs: list[dict[str, Any]]
+) -> None:
+    class Shop:
+        @handler
+        def on_order(self, message: Any) -> str:
+            query()
+            return kafka.value(message)
+
+        @handler(retry_stale=1)
+        def on_order_again(self, *, message: Any) -> str:
+            query()
+            return kafka.value(message)
+
+    @handler
+    async def on_order(message: Any) -> str:
+        return kafka.value(message)
+
+    topic = kafka.topic(["an order"])
+    consumer = kafka.consumer(topic, group)
+    message = next(consumer)
+    assert Shop().on_order(message) == "an order"
+    assert Shop().on_order_again(message=message) == "an order"
+    assert asyncio.run(on_order(message)) == "an order"
+    assert [job["name"] for job in jobs] == [f"{topic}[0]"] * 3
+    with pytest.raises(TypeError, match="No Kafka message among the arguments"):
+        Shop().on_order(3)
+    consumer.close()
+
+
+def test_a_message_tells_how_long_it_has_waited(
+    cluster: MockCluster, group: str, database: Configure, jobs: list[dict[str, Any]]
+) -> None:
+    client = Confluent(cluster)
+    topic = client.topic(["an order"])
+    time.sleep(0.5)
+    consumer = client.consumer(topic, group)
+    client.each(consumer, lambda message: True)
+    assert 0.5 <= jobs[0]["queue_wait"] < 60
+    client.close(consumer)
+
+
+def test_a_rebalance_listeners_methods_are_units_of_work(
+    kafka: KafkaPython, group: str, database: Configure, jobs: list[dict[str, Any]]
+) -> None:
+    from kafka import ConsumerRebalanceListener
+
+    class Listener(ConsumerRebalanceListener):
+        def on_partitions_assigned(self, assigned: Any) -> None:
+            query()
+
+        def on_partitions_revoked(self, revoked: Any) -> None:
+            query()
+
+    topic = kafka.topic([1])
+    consumer = kafka.consumer(topic, group)
+    consumer.subscribe([topic], listener=guard_listener(Listener()))
+    kafka.each(consumer, lambda message: True)
+    consumer.close()
+    names = [job["name"] for job in jobs]
+    assert "on_partitions_assigned" in names
+    assert names.index("on_partitions_assigned") < names.index(f"{topic}[0]")
+    assert all(job["closed"] == {"age": 1} for job in jobs if job["name"].startswith("on_"))
+
+
+def test_lag_is_what_is_in_store(client: KafkaPython, group: str, database: Configure) -> None:
+    topic = client.topic()
+    client.produce(topic, range(5), partitions=1)
+    found = []
+    if isinstance(client, AioKafka):
+        pytest.skip("its position() is a coroutine")
+    consumer = client.consumer(topic, group)
+
+    def body(message: Any) -> bool:
+        found.append(lag(consumer)[topic, 0])
+        return len(found) == 5
+
+    client.each(consumer, body)
+    client.close(consumer)
+    assert found == [4, 3, 2, 1, 0]
+
+
+CONSUMER = """
+import django; django.setup()
+import sys
+from tests.server import query
+from tests.kafka_clients import KafkaPython
+from tests.own_kafka import Broker
+from django_connguard.integrations.kafka import messages
+from kafka import KafkaConsumer
+
+options = {options!r}
+consumer = KafkaConsumer({topic!r}, group_id={group!r}, auto_offset_reset="earliest", **options)
+for message in messages(consumer):
+    query()
+    print(message.value.decode(), flush=True)
+print("closed" if consumer._closed else "open")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_consumer_between_messages_and_it_leaves_its_group(
+    kafka: KafkaPython,
+    group: str,
+    server: Server,
+    number: signal.Signals,
+    tmp_path: Path,
+) -> None:
+    topic = kafka.topic(["first"])
+    # Were it not to leave, its partitions would stay its own for that long.
+    options = {**kafka.options, "session_timeout_ms": 60_000, "request_timeout_ms": 70_000}
+    process = Run(tmp_path).start_script(
+        CONSUMER.format(options=options, topic=topic, group=group), CONN_MAX_AGE=None
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "first\n"
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stdout) == (0, "closed\n"), stderr
+    assert server.settles_at(0)
+    kafka.produce(topic, ["second"])
+    found: list[str] = []
+
+    def body(message: Any) -> bool:
+        found.append(kafka.value(message))
+        return True
+
+    started = time.monotonic()
+    consumer = kafka.consumer(topic, group)
+    kafka.each(consumer, body)
+    consumer.close()
+    assert found == ["second"]  # "first" was committed as it closed
+    assert time.monotonic() - started < 30
+
+
+def test_signals_that_the_program_handles_itself_are_left_to_it(
+    kafka: KafkaPython, group: str, database: Configure
+) -> None:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
+    try:
+        consumer = kafka.consumer(kafka.topic([1, 2, 3]), group)
+        seen: list[str] = []
+
+        def body(message: Any) -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.append(kafka.value(message))
+            return len(seen) == 3
+
+        kafka.each(consumer, body)
+        assert caught == [signal.SIGTERM] * 3
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    consumer.close()
+
+
+@pytest.mark.parametrize("function", [messages, batches, deliver, lag, adeliver])
+def test_what_is_no_consumer_is_refused(function: Any) -> None:
+    arguments = [print] if function in (deliver, adeliver) else []
+    with pytest.raises(TypeError, match=r"takes a consumer of kafka-python, .* not 'orders'"):
+        _begin(function("orders", *arguments))
+
+
+def test_a_closed_consumer_is_refused(client: KafkaPython, group: str) -> None:
+    consumer = client.consumer(client.topic(), group)
+    client.close(consumer)
+    if isinstance(client, AioKafka):
+
+        async def make() -> None:
+            made = consumer._make()
+            with pytest.raises(ValueError, match="closed, or was never started"):
+                messages(made)
+
+        asyncio.run(make())
+        return
+    for function in (messages, batches):
+        with pytest.raises(ValueError, match=r"was given a consumer that is closed: <"):
+            function(consumer)
+
+
+def test_a_consumer_that_commits_by_itself_is_refused_where_connguard_commits(
+    client: KafkaPython, group: str
+) -> None:
+    consumer = client.consumer(client.topic(), group, auto_commit=True)
+    setting = "enable.auto.offset.store" if type(client) is Confluent else "enable_auto_commit"
+    with pytest.raises(ValueError, match=rf"create it with {setting}=False"):
+        client.each_batch(consumer, bool, commit=True)
+    with pytest.raises(ValueError, match=rf"create it with {setting}=False"):
+        client.deliver(consumer, bool)
+    client.close(consumer)
+
+
+def test_a_consumer_without_a_group_has_no_offsets_to_commit(kafka: KafkaPython) -> None:
+    from kafka import KafkaConsumer
+
+    consumer = KafkaConsumer(kafka.topic(), group_id=None, **kafka.options)
+    with pytest.raises(ValueError, match=r"enable_auto_commit=False|needs a group_id"):
+        batches(consumer, commit=True)
+    consumer.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"tries": 0}, "tries"),
+        ({"max_records": 0}, "max_records"),
+        ({"backoff": (2, 1)}, "backoff"),
+        ({"backoff": (0, 1)}, "backoff"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    kafka: KafkaPython, group: str, options: dict[str, Any], wrong: str
+) -> None:
+    consumer = kafka.consumer(kafka.topic(), group)
+    with pytest.raises(ValueError, match=wrong):
+        deliver(consumer, print, **options)
+    consumer.close()
+
+
+def test_sync_and_async_are_told_apart(kafka: KafkaPython, group: str) -> None:
+    async def handle(message: Any) -> None: ...
+
+    consumer = kafka.consumer(kafka.topic(), group)
+    with pytest.raises(TypeError, match=r"use adeliver\(\)"):
+        deliver(consumer, handle)
+    with pytest.raises(TypeError, match=r"use deliver\(\)"):
+        asyncio.run(adeliver(consumer, handle))
+    consumer.close()
+
+
+def _begin(loop: Any) -> None:
+    if asyncio.iscoroutine(loop):
+        asyncio.run(loop)
