@@ -8,10 +8,12 @@ cheaper than a request's. A receiver that was disconnected is not done here eith
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
+from weakref import WeakMethod, ref
 
 from asgiref.sync import async_to_sync
 from django.conf import settings
@@ -31,27 +33,58 @@ from django_connguard.ownership import Owner, current
 logger = logging.getLogger("django_connguard")
 
 
+Step = Callable[[Signal, type, Owner, Closed, dict[str, Any]], None]
+# A signal's receivers as they were when last looked at, and what is to be done for each; Django
+# looks them up anew, under a lock, each time that a signal is sent.
+_plans: dict[Signal, tuple[list[Any], list[Step]]] = {}
+
+
 def send(signal: Signal, sender: type, owner: Owner, counted: Closed, **named: Any) -> None:
     """Call every receiver of ``signal``; one that raises is logged once, by its name."""
+    plan = _plans.get(signal)
+    if plan is None or plan[0] != signal.receivers or signal._dead_receivers:  # type: ignore[attr-defined]
+        receivers = signal.receivers.copy()
+        plan = _plans[signal] = receivers, [*_steps(signal, sender)]
+    for step in plan[1]:
+        step(signal, sender, owner, counted, named)
+
+
+def _steps(signal: Signal, sender: type) -> Iterator[Step]:
     live: Any = signal._live_receivers(sender)
     receivers, async_receivers = (live, ()) if isinstance(live, list) else live  # 4.2: a list
     for receiver in receivers:
         if receiver is django_close_old_connections:
-            close_old_connections(owner.held(), counted)
+            yield lambda _, __, owner, counted, ___: close_old_connections(owner.held(), counted)
         elif receiver is django_reset_queries:
-            reset_queries(owner)
+            yield lambda _, __, owner, *___: reset_queries(owner)
         elif receiver is django_close_caches:
-            close_caches()
+            yield lambda *_: close_caches()
         elif receiver is not _on_request_started and receiver is not _on_request_finished:
-            try:
-                receiver(signal=signal, sender=sender, **named)
-            except Exception as error:
-                _log_once(receiver, error)
+            yield _call(receiver)
     for receiver in async_receivers:
-        try:
-            async_to_sync(receiver)(signal=signal, sender=sender, **named)
-        except Exception as error:
-            _log_once(receiver, error)
+        yield _call(receiver, async_to_sync)
+
+
+def _call(receiver: Callable[..., Any], adapt: Callable[[Any], Any] | None = None) -> Step:
+    # Weak, as most signals' references are: that one is known here must not keep it alive.
+    reference: Callable[[], Any]
+    try:
+        reference = WeakMethod(receiver) if inspect.ismethod(receiver) else ref(receiver)
+    except TypeError:  # it cannot be referred to weakly, so that the signal does not either
+        reference = lambda: receiver  # noqa: E731
+
+    def step(
+        signal: Signal, sender: type, owner: Owner, counted: Closed, named: dict[str, Any]
+    ) -> None:
+        alive = reference()
+        if alive is not None:
+            try:
+                call = alive if adapt is None else adapt(alive)
+                call(signal=signal, sender=sender, **named)
+            except Exception as error:
+                _log_once(alive, error)
+
+    return step
 
 
 def reset_queries(owner: Owner) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import ref
 
 import pytest
 from django.core.signals import request_finished, request_started
@@ -450,6 +451,48 @@ def test_a_receiver_that_raises_is_logged_once_by_name_and_never_reaches_the_job
         request_started.disconnect(broken_receiver)
         job_finished.disconnect(broken_receiver)
     assert caplog.text.count("broken_receiver raised; it will not be logged again") == 1
+
+
+class Listening:
+    """A receiver that nothing can refer to weakly, or whose method is one."""
+
+    __slots__ = ("heard",)
+
+    def __init__(self, heard: list[str]) -> None:
+        self.heard = heard
+
+    def __call__(self, **kwargs: Any) -> None:
+        self.heard.append("object")
+
+
+class ListeningWeakly:
+    def __init__(self, heard: list[str]) -> None:
+        self.heard = heard
+
+    def receive(self, **kwargs: Any) -> None:
+        self.heard.append("method")
+
+
+def test_receivers_that_come_and_go_between_jobs_are_heeded(database: Configure) -> None:
+    heard: list[str] = []
+    strong, weak = Listening(heard), ListeningWeakly(heard)
+    work = job(lambda: None)
+    work()
+    request_started.connect(strong, weak=False)
+    request_started.connect(weak.receive)
+    try:
+        work()
+        assert heard == ["object", "method"]
+        request_started.disconnect(strong)
+        work()
+        assert heard == ["object", "method", "method"]
+        alive = ref(weak)
+        del weak
+        assert alive() is None
+        work()
+        assert heard == ["object", "method", "method"]
+    finally:
+        request_started.disconnect(strong)
 
 
 def test_a_connection_that_a_late_receiver_opens_is_closed_too(
