@@ -1,11 +1,11 @@
 """A Kafka consumer's loop with connguard, and beside it the bare one, on the same broker and topic.
 
-Messages a second, from the first message to the last, of ``for message in consumer`` and of
-``for message in messages(consumer)``, turn by turn: with a handler that does nothing while one
-connection is open, and with one that writes a row (one autocommitted INSERT by the ORM). Beside
-them, ``batches()``, a unit of work per poll, and ``deliver()``, which commits offsets as well.
+Messages a second, from the first message to the last, of ``for message in consumer``, of
+``for message in messages(consumer)`` and of ``batches()`` (a unit of work per poll), turn by turn:
+with a handler that does nothing while one connection is open, and with one that writes a row (one
+autocommitted INSERT by the ORM).
 
-    python -m benchmarks.kafka_loop [--messages 20000] [--writes 5000] [--rounds 7]
+    python -m benchmarks.kafka_loop [--messages 20000] [--writes 1000] [--rounds 15]
 
 CONNGUARD_TEST_DRIVER picks the driver (see tests/services.py). Needs kafka-python, java and npm
 (see tests/own_kafka.py).
@@ -18,10 +18,9 @@ import os
 import platform
 import statistics
 import tempfile
-import threading
 import uuid
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -30,7 +29,7 @@ import django
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "benchmarks.settings")
 
-BARE, GUARDED, BATCHES, DELIVERED = "bare loop", "messages()", "batches()", "deliver()"
+BARE, GUARDED, BATCHES = "bare loop", "messages()", "batches()"
 
 
 class Rows:
@@ -81,14 +80,13 @@ class Topic:
             producer.send(self._name, f"message {number:0100d}".encode(), partition=0)
         producer.close()
 
-    def consumer(self, auto_commit: bool = True) -> Any:
+    def consumer(self) -> Any:
         from kafka import KafkaConsumer
 
         return KafkaConsumer(
             self._name,
             group_id=uuid.uuid4().hex,
             auto_offset_reset="earliest",
-            enable_auto_commit=auto_commit,
             **self._options,
         )
 
@@ -97,49 +95,31 @@ def rate(kind: str, topic: Topic, handle: Callable[[Any], None], count: int) -> 
     """Return how many messages a second one loop over the topic handles."""
     from django.db import connection
 
-    from django_connguard.integrations.kafka import batches, deliver, messages
+    from django_connguard.integrations.kafka import batches, messages
 
-    consumer = topic.consumer(auto_commit=kind != DELIVERED)
+    consumer = topic.consumer()
     with connection.cursor() as cursor:
         cursor.execute("SELECT 1")
-    begin = 0.0
-    left = count
-    if kind == DELIVERED:
-        stop = threading.Event()
-
-        def handle_counting(message: Any) -> None:
-            nonlocal begin, left
-            if left == count:
-                begin = perf_counter()
-            handle(message)
-            left -= 1
-            if not left:
-                stop.set()
-
-        deliver(consumer, handle_counting, stop=stop)
-    else:
-        loop: Iterable[Any] = consumer
-        if kind == GUARDED:
-            loop = messages(consumer)
-        elif kind == BATCHES:
-            loop = chain.from_iterable(batches(consumer))
-        for message in loop:
-            if left == count:
-                begin = perf_counter()
-            handle(message)
-            left -= 1
-            if not left:
-                break
-        consumer.close()
-    return (count - 1) / (perf_counter() - begin)
+    loop: Iterator[Any] = {
+        BARE: lambda: consumer,
+        GUARDED: lambda: messages(consumer),
+        BATCHES: lambda: chain.from_iterable(batches(consumer)),
+    }[kind]()
+    handle(next(loop))  # by when it has joined its group
+    begin = perf_counter()
+    for message in islice(loop, count - 1):
+        handle(message)
+    seconds = perf_counter() - begin
+    consumer.close()
+    return (count - 1) / seconds
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="A Kafka loop with connguard and without.")
     parser.add_argument("--messages", type=int, default=20_000, help="for the no-op handler")
-    parser.add_argument("--writes", type=int, default=5_000, help="for the handler that writes")
-    parser.add_argument("--rounds", type=int, default=7, help="the rate is their median")
+    parser.add_argument("--writes", type=int, default=1_000, help="for the handler that writes")
+    parser.add_argument("--rounds", type=int, default=15, help="the rate is their median")
     options = parser.parse_args()
     django.setup()
 
@@ -164,9 +144,7 @@ def main() -> None:
             row = "{:10} {:12} {:>10} {:>6}".format
             print(row("handler", "loop", "messages/s", "ratio"))
             for name, handle, count in loads:
-                rates: dict[str, list[float]] = {
-                    kind: [] for kind in (BARE, GUARDED, BATCHES, DELIVERED)
-                }
+                rates: dict[str, list[float]] = {kind: [] for kind in (BARE, GUARDED, BATCHES)}
                 for _ in range(options.rounds):
                     for kind, found in rates.items():
                         found.append(rate(kind, topic, handle, count))

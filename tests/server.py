@@ -40,9 +40,7 @@ class Server:
             listed = self.rows("SHOW FULL PROCESSLIST")
             found = [
                 (number, command, info or "")
-                for number, _, _, name, command, _, _, info, *_ in self.rows(
-                    "SHOW FULL PROCESSLIST"
-                )
+                for number, _, _, name, command, _, _, info, *_ in listed
                 if name == database and number != own
             ]
         return {row[0]: (row[1], row[2]) for row in found if row[0] not in self._hidden}
