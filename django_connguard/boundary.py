@@ -9,12 +9,18 @@ from types import TracebackType
 from weakref import ref
 
 from django.core.signals import request_finished, request_started
+from django.dispatch import Signal
 
 from django_connguard import connecting, hygiene  # noqa: F401  (connections must be watched)
 from django_connguard.conf import conf
 from django_connguard.interrupts import is_interrupt
 from django_connguard.ownership import Owner, current
-from django_connguard.request_signals import close_caches, reset_queries_as_django, send
+from django_connguard.request_signals import (
+    close_caches,
+    is_djangos_own,
+    reset_queries_as_django,
+    send,
+)
 from django_connguard.signals import job_finished, job_started
 
 logger = logging.getLogger("django_connguard")
@@ -89,7 +95,7 @@ class Unit:
                 return False
         for link in held:
             hygiene.before_job(link, self.name, self.closed)
-        if conf.REQUEST_SIGNALS if self.signals is None else self.signals:
+        if self._sends(request_started):
             send(request_started, Unit, owner, self.closed)
         else:
             reset_queries_as_django(owner)
@@ -153,8 +159,10 @@ class Unit:
 
     def _clean(self, owner: Owner, exception: BaseException | None) -> None:
         held = owner.held()
-        if not self.nests and any(link.wrapper.in_atomic_block for link in held):
-            return  # the block is its consumer's, whose own boundary will come
+        if not self.nests:
+            for link in held:
+                if link.wrapper.in_atomic_block:
+                    return  # the block is its consumer's, whose own boundary will come
         if len(held) < len(owner.links):
             for link in tuple(owner.links.values()):
                 if link.wrapper.in_atomic_block and link.wrapper.connection is None:
@@ -165,13 +173,18 @@ class Unit:
             link.tally.count_unit(started, link.opened_at, now)
             link.opened_outside = False  # the jobs' from now on
             hygiene.after_job(link, self.name, exception is not None, self.closed)
-        if conf.REQUEST_SIGNALS if self.signals is None else self.signals:
+        if self._sends(request_finished):
             send(request_finished, Unit, owner, self.closed)
             for link in owner.held():
                 hygiene.close_if_old(link, self.closed)
         else:
             hygiene.close_old_connections(held, self.closed)
             close_caches()
+
+    def _sends(self, signal: Signal) -> bool:
+        # Where nobody else listens, what Django's receivers do is done without sending it.
+        wanted = conf.REQUEST_SIGNALS if self.signals is None else self.signals
+        return wanted and not is_djangos_own(signal, Unit)
 
     def _leave(self, owner: Owner) -> None:
         self._owner = None

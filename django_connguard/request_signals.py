@@ -34,24 +34,61 @@ logger = logging.getLogger("django_connguard")
 
 
 Step = Callable[[Signal, type, Owner, Closed, dict[str, Any]], None]
-# A signal's receivers as they were when last looked at, and what is to be done for each; Django
-# looks them up anew, under a lock, each time that a signal is sent.
-_plans: dict[Signal, tuple[list[Any], list[Step]]] = {}
+
+
+class _Plan:
+    """What is to be done when a signal is sent, as long as its receivers stay what they are.
+
+    Django looks them up anew, under a lock, each time.
+    """
+
+    __slots__ = ("_receivers", "_signal", "is_djangos_own", "steps")
+
+    def __init__(self, signal: Signal, sender: type) -> None:
+        self._signal = signal
+        self._receivers = signal.receivers.copy()
+        live: Any = signal._live_receivers(sender)
+        receivers, asyncs = (live, []) if isinstance(live, list) else live  # 4.2: a list
+        self.steps = [*_steps(receivers, asyncs)]
+        djangos = _DJANGOS.get(signal, ())
+        # All that Django connects itself, and nothing but that.
+        self.is_djangos_own = (
+            len(self.steps)
+            == len(djangos)
+            == sum(any(receiver is own for own in djangos) for receiver in receivers)
+        )
+
+    def holds(self) -> bool:
+        signal: Any = self._signal
+        return self._receivers == signal.receivers and not signal._dead_receivers
+
+
+_DJANGOS = {
+    request_started: (django_reset_queries, django_close_old_connections),
+    request_finished: (django_close_caches, django_close_old_connections),
+}
+_plans: dict[Signal, _Plan] = {}
+
+
+def _plan(signal: Signal, sender: type) -> _Plan:
+    plan = _plans.get(signal)
+    if plan is None or not plan.holds():
+        plan = _plans[signal] = _Plan(signal, sender)
+    return plan
+
+
+def is_djangos_own(signal: Signal, sender: type) -> bool:
+    """Return whether only Django's own hygiene, and all of it, listens to a request signal."""
+    return _plan(signal, sender).is_djangos_own
 
 
 def send(signal: Signal, sender: type, owner: Owner, counted: Closed, **named: Any) -> None:
     """Call every receiver of ``signal``; one that raises is logged once, by its name."""
-    plan = _plans.get(signal)
-    if plan is None or plan[0] != signal.receivers or signal._dead_receivers:  # type: ignore[attr-defined]
-        receivers = signal.receivers.copy()
-        plan = _plans[signal] = receivers, [*_steps(signal, sender)]
-    for step in plan[1]:
+    for step in _plan(signal, sender).steps:
         step(signal, sender, owner, counted, named)
 
 
-def _steps(signal: Signal, sender: type) -> Iterator[Step]:
-    live: Any = signal._live_receivers(sender)
-    receivers, async_receivers = (live, ()) if isinstance(live, list) else live  # 4.2: a list
+def _steps(receivers: list[Any], async_receivers: list[Any]) -> Iterator[Step]:
     for receiver in receivers:
         if receiver is django_close_old_connections:
             yield lambda _, __, owner, counted, ___: close_old_connections(owner.held(), counted)
