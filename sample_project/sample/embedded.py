@@ -14,8 +14,8 @@ from typing import Any
 def start(folder: Path, manage: Path) -> str:
     """Start the server whose data is in ``folder``, or join one that runs; return its URL.
 
-    The first to come also creates the tables, with ``manage`` (manage.py). The last process that
-    uses the server stops it when it ends.
+    The first to come also creates the tables, or brings them up to date, with ``manage``
+    (manage.py). The last process that uses the server stops it when it ends.
     """
     try:
         with warnings.catch_warnings():
@@ -38,7 +38,8 @@ def start(folder: Path, manage: Path) -> str:
             server = pgserver.get_server(data, cleanup_mode=None)
             atexit.register(_stop_if_last, server, users)
             url: str = server.get_uri()
-            migrated = data / "sample-migrated"
+            newest = max((manage.parent / "shop" / "migrations").glob("[0-9]*.py")).stem
+            migrated = data / f"sample-migrated-{newest}"
             if not migrated.exists():
                 subprocess.run(
                     [sys.executable, str(manage), "migrate", "--verbosity", "0"],

@@ -5,6 +5,8 @@ SAMPLE_VAR: the folder of the embedded PostgreSQL's data, by default var/ in thi
 SAMPLE_CONN_MAX_AGE: seconds, or none for connections that are kept for ever.
 SAMPLE_CONN_HEALTH_CHECKS: true or false.
 SAMPLE_BROKER_URL: Celery's broker, redis://... or amqp://...; by default this machine's Redis.
+SAMPLE_KAFKA_SERVERS: Kafka's brokers, host:port,host:port; by default this machine's.
+SAMPLE_KAFKA_API_VERSION: theirs, as 0.9, where kafka-python cannot find it out (before 0.10).
 """
 
 from __future__ import annotations
@@ -63,6 +65,15 @@ CELERY_BEAT_SCHEDULE = {
     "due orders are shipped": {"task": "shop.tasks.ship_due_orders", "schedule": 2.0},
 }
 
+kafka_version = os.environ.get("SAMPLE_KAFKA_API_VERSION")
+# What kafka-python's consumers and producers are made with.
+KAFKA = {
+    "bootstrap_servers": os.environ.get("SAMPLE_KAFKA_SERVERS", "127.0.0.1:9092").split(","),
+    "api_version": tuple(map(int, kafka_version.split("."))) if kafka_version else None,
+}
+ORDERS_TOPIC = "shop.orders"
+DEAD_LETTERS_TOPIC = "shop.orders.dead"
+
 CONNGUARD = {"EXPERIMENT_JOB": "shop.jobs.order_and_ship"}
 
 LOGGING = {
@@ -71,5 +82,9 @@ LOGGING = {
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"handlers": ["stderr"], "level": "WARNING"},
-    "loggers": {"django_connguard": {"level": "INFO"}, "shop": {"level": "INFO"}},
+    "loggers": {
+        "django_connguard": {"level": "INFO"},
+        "shop": {"level": "INFO"},
+        "kafka": {"level": "ERROR"},  # it warns of each old broker and each new topic
+    },
 }

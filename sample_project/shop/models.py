@@ -29,6 +29,8 @@ class Order(models.Model):
     state = models.CharField(max_length=7, choices=State.choices, default=State.PLACED)
     placed_at = models.DateTimeField(default=timezone.now)
     due_at = models.DateTimeField(default=timezone.now)
+    # The event that the order came with, if it came by Kafka, where a message may come twice.
+    event = models.UUIDField(null=True, unique=True, editable=False)
 
     objects = OrderQuerySet.as_manager()
 
