@@ -41,7 +41,11 @@ def main(arguments: str) -> None:
         **options,
     )
     consumer.subscribe([given["topic"]], listener=guard_listener(Listener()))
-    deliver(consumer, apply, **given["deliver"])
+    try:
+        deliver(consumer, apply, **given["deliver"])
+    except BaseException:
+        logger.exception("deliver() has ended")
+        raise
 
 
 def apply(message: Any) -> None:

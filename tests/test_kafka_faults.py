@@ -104,7 +104,7 @@ def consumers(
         "group": topic,
         "log": str(log),
         "kafka": {**kafka.options, "session_timeout_ms": 1500},
-        "deliver": {"backoff": [0.05, 0.5], "tries": 5},
+        "deliver": {"backoff": [0.05, 0.5], "tries": 5, "max_records": 50},
     }
     code = f"from tests.kafka_consumer import main; main({json.dumps(given)!r})"
     found = Consumers(lambda: Run(folder).start_script(code, **database), log)

@@ -16,7 +16,7 @@ from tests.own_kafka import own_broker
 from tests.sample import Process, Project, end_sessions, finish, server_only
 from tests.server import Server, eventually
 
-pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.one_driver, server_only]
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.one_server, server_only]
 
 database, migrated = sample.database, sample.migrated
 server, project = sample.server, sample.project

@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from threading import Event
 from typing import Any
@@ -55,8 +56,9 @@ def deliver(
     a message that has used up its tries, which is then taken as handled; to write it to a
     dead-letter topic, say. Without it, and when it raises, the error ends ``deliver()``.
     ``backoff``: the shortest and the longest wait in seconds before another try; each is twice the
-    one before, less a random part. ``timeout``, ``stop``: see ``messages()``. ``max_records``: how
-    many messages a poll returns at most.
+    one before, less a random part. ``timeout``, ``stop``: see ``messages()``; a program that
+    handles SIGTERM itself sets ``stop`` in its handler. ``max_records``: how many messages a poll
+    returns at most. However it ends, the consumer is closed and leaves its group.
 
     Raises TypeError for a consumer of an unknown library or for asyncio (see ``adeliver()``), and
     for an async ``handle``; ValueError if the consumer is closed, commits by itself or has no
@@ -65,7 +67,7 @@ def deliver(
     client = client_of(consumer, "deliver", commits=True)
     if client.is_async or iscoroutinefunction(handle):
         raise TypeError("deliver() is for sync consumers and functions; use adeliver().")
-    with stopping(stop) as event:
+    with stopping(stop) as event, closing(client):
         delivery = _Delivery(client, handle, tries, poison, backoff, timeout, max_records, event)
         steps = delivery.run()
         step = next(steps, None)
@@ -77,7 +79,6 @@ def deliver(
                 step = _after(steps.throw, error)
             else:
                 step = _after(steps.send, result)
-    client.close()
 
 
 async def adeliver(
@@ -99,20 +100,24 @@ async def adeliver(
     if not client.is_async or not iscoroutinefunction(handle):
         raise TypeError("adeliver() is for async consumers and functions; use deliver().")
     with stopping(stop) as event:
-        delivery = _Delivery(client, handle, tries, poison, backoff, timeout, max_records, event)
-        steps = delivery.run()
-        step = next(steps, None)
-        while step is not None:
-            function, *arguments = step
-            try:
-                result = function(*arguments)
-                if inspect.isawaitable(result):
-                    result = await result
-            except Exception as error:
-                step = _after(steps.throw, error)
-            else:
-                step = _after(steps.send, result)
-    await client.close()
+        try:
+            delivery = _Delivery(
+                client, handle, tries, poison, backoff, timeout, max_records, event
+            )
+            steps = delivery.run()
+            step = next(steps, None)
+            while step is not None:
+                function, *arguments = step
+                try:
+                    result = function(*arguments)
+                    if inspect.isawaitable(result):
+                        result = await result
+                except Exception as error:
+                    step = _after(steps.throw, error)
+                else:
+                    step = _after(steps.send, result)
+        finally:
+            await client.close()
 
 
 def _after(resume: Callable[[Any], Any], value: Any) -> Any:
@@ -196,9 +201,8 @@ class _Delivery:
         if self.poison is None:
             raise error
         logger.error(
-            "Kafka: %s, offset %d, is given up after %d times.",
-            *(message_name(message), offset, count),
-            exc_info=error,
+            "Kafka: %s, offset %d, is given up after %d times: %r",
+            *(message_name(message), offset, count, error),
         )
         yield self.poison, message, error
         yield self.client.commit, [message]
