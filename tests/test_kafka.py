@@ -422,6 +422,19 @@ def test_a_rebalance_listeners_methods_are_units_of_work(
     assert all(job["closed"] == {"age": 1} for job in jobs if job["name"].startswith("on_"))
 
 
+def test_a_listener_that_kafka_python_runs_without_asyncio_is_refused() -> None:
+    kafka = pytest.importorskip("kafka")
+    if not hasattr(kafka, "AsyncConsumerRebalanceListener"):
+        pytest.skip("kafka-python 3 has it")
+
+    class Listener(kafka.AsyncConsumerRebalanceListener):  # type: ignore[misc, name-defined]
+        async def on_partitions_assigned(self, assigned: Any) -> None: ...
+        async def on_partitions_revoked(self, revoked: Any) -> None: ...
+
+    with pytest.raises(TypeError, match="make it a ConsumerRebalanceListener"):
+        guard_listener(Listener())
+
+
 def test_lag_is_what_is_in_store(client: KafkaPython, group: str, database: Configure) -> None:
     topic = client.topic()
     client.produce(topic, range(5), partitions=1)

@@ -16,14 +16,10 @@ from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.db import InterfaceError, OperationalError, connections
 
 from django_connguard.boundary import Unit
-from django_connguard.integrations.kafka.clients import (
-    Client,
-    Message,
-    client_of,
-    message_name,
-    place,
-)
+from django_connguard.integrations.kafka.clients import client_of
+from django_connguard.integrations.kafka.clients.base import Client
 from django_connguard.integrations.kafka.loops import handler
+from django_connguard.integrations.kafka.places import Message, message_name, place
 from django_connguard.integrations.kafka.stopping import stopping
 from django_connguard.long_jobs import checkpoint
 

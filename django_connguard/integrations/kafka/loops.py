@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from functools import wraps
 from threading import Event
@@ -14,11 +15,11 @@ from django.db.transaction import TransactionManagementError
 from django_connguard.async_unit import AsyncUnit
 from django_connguard.boundary import Unit
 from django_connguard.drivers.link import IN_TRANSACTION
-from django_connguard.integrations.kafka.clients import (
-    Client,
+from django_connguard.integrations.kafka.clients import client_of
+from django_connguard.integrations.kafka.clients.base import Client
+from django_connguard.integrations.kafka.places import (
     Message,
     batch_name,
-    client_of,
     message_name,
     wait_of,
 )
@@ -132,7 +133,14 @@ def guard_listener(listener: R) -> R:
 
     ``consumer.subscribe(topics, listener=guard_listener(MyListener()))``, for kafka-python and
     aiokafka. The callbacks that confluent-kafka takes are functions: decorate them with ``@job``.
+    Raises TypeError for kafka-python's AsyncConsumerRebalanceListener.
     """
+    unfit = getattr(sys.modules.get("kafka"), "AsyncConsumerRebalanceListener", None)
+    if unfit is not None and isinstance(listener, unfit):
+        raise TypeError(
+            "guard_listener() takes no AsyncConsumerRebalanceListener: kafka-python runs it in a "
+            "loop of its own, without asyncio; make it a ConsumerRebalanceListener."
+        )
     for name in ("on_partitions_revoked", "on_partitions_assigned", "on_partitions_lost"):
         method = getattr(listener, name, None)
         if method is not None:

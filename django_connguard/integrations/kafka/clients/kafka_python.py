@@ -1,0 +1,63 @@
+"""kafka-python 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from django_connguard.integrations.kafka.clients.base import Client, failure_logged
+from django_connguard.integrations.kafka.places import Message, spans
+
+
+class KafkaPython(Client):
+    """kafka-python 2 and 3."""
+
+    def commits_by_itself(self) -> str | None:
+        return "enable_auto_commit" if self.consumer.config["enable_auto_commit"] else None
+
+    def has_group(self) -> bool:
+        return self.consumer.config["group_id"] is not None
+
+    @contextmanager
+    def waiting(self, timeout: float) -> Iterator[None]:
+        # The consumer's own iterator, since with it each message is consumed for itself: a
+        # commit() in a loop's body means the messages so far, not all that a poll has returned.
+        config = self.consumer.config
+        before = config["consumer_timeout_ms"]
+        self.patience = before / 1000
+        config["consumer_timeout_ms"] = min(before, timeout * 1000)
+        try:
+            yield
+        finally:
+            config["consumer_timeout_ms"] = before
+
+    def one(self) -> Message | None:
+        return next(self.consumer, None)
+
+    def many(self, timeout: float, max_records: int) -> list[Message]:
+        found = self.consumer.poll(timeout_ms=int(timeout * 1000), max_records=max_records)
+        return [message for messages in found.values() for message in messages]
+
+    def rewind(self, messages: Iterable[Message]) -> None:
+        assigned = self.assigned()
+        for (topic, partition), (first, last) in spans(messages).items():
+            there = self.there(topic, partition)
+            if there in assigned and self.consumer.position(there) > last:
+                self.consumer.seek(there, first)
+
+    def there(self, topic: str, partition: int) -> Any:
+        from kafka import TopicPartition
+
+        return TopicPartition(topic, partition)
+
+    def commit(self, messages: Iterable[Message]) -> None:
+        from kafka.structs import OffsetAndMetadata
+
+        more = [-1] * (len(OffsetAndMetadata._fields) - 2)  # the leader's epoch, since 2.1
+        offsets = {
+            self.there(topic, partition): OffsetAndMetadata(last + 1, "", *more)
+            for (topic, partition), (_, last) in spans(messages).items()
+        }
+        with failure_logged():
+            self.consumer.commit(offsets)
