@@ -322,6 +322,7 @@ def test_beat_goes_on_when_the_server_drops_the_connection_of_its_schedule(
     with project.process("beat", "-l", "info", "--pidfile=") as beat:
         assert eventually(lambda: project.waiting() > 0, 20), beat.log()
         for _ in range(2):
+            time.sleep(0.1)  # it has just sent one: by now it sleeps, and has no query under way
             end(server, set(server.sessions()) - before)
             waiting = project.waiting()
             assert eventually(lambda: project.waiting() >= waiting + 2), beat.log()  # noqa: B023

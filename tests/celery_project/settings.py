@@ -11,6 +11,7 @@ project = json.loads(os.environ["CONNGUARD_CELERY_PROJECT"])
 services.use_driver(services.driver())
 
 SECRET_KEY = "tests"
+TIME_ZONE = "UTC"
 USE_TZ = True
 INSTALLED_APPS = ["django_connguard", *project["apps"]]
 DATABASES = project["databases"]
