@@ -12,6 +12,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
+from operator import is_
 from typing import Any
 from weakref import WeakMethod, ref
 
@@ -46,8 +47,10 @@ class _Plan:
 
     def __init__(self, signal: Signal, sender: type) -> None:
         self._signal = signal
-        self._receivers = signal.receivers.copy()
-        live: Any = signal._live_receivers(sender)
+        live: Any = None
+        while live is None or not self.holds():  # another thread may connect one meanwhile
+            self._receivers = signal.receivers.copy()
+            live = signal._live_receivers(sender)
         receivers, asyncs = (live, []) if isinstance(live, list) else live  # 4.2: a list
         self.steps = [*_steps(receivers, asyncs)]
         djangos = _DJANGOS.get(signal, ())
@@ -60,7 +63,9 @@ class _Plan:
 
     def holds(self) -> bool:
         signal: Any = self._signal
-        return self._receivers == signal.receivers and not signal._dead_receivers
+        before, now = self._receivers, signal.receivers
+        # By identity: receivers may be equal, as methods of equal objects are.
+        return len(before) == len(now) and all(map(is_, before, now)) and not signal._dead_receivers
 
 
 _DJANGOS = {

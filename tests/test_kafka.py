@@ -9,11 +9,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connection, transaction
+from asgiref.sync import async_to_sync
+from django.db import OperationalError, connection, connections, transaction
 from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 
@@ -30,7 +33,7 @@ from django_connguard.integrations.kafka import (
 from tests.command import Run
 from tests.kafka_clients import AioKafka, Confluent, KafkaPython
 from tests.own_kafka import Broker, MockCluster, own_broker, own_mock_cluster
-from tests.server import Server, backend_id, query
+from tests.server import Server, alias, backend_id, query
 
 Configure = Callable[..., None]
 pytestmark = pytest.mark.one_server
@@ -357,6 +360,194 @@ def test_without_a_callback_a_failing_message_ends_the_delivery_and_stays(
     assert again == ["bad", "behind"]
 
 
+def test_a_session_that_ends_inside_an_outer_job_is_replaced_for_the_next_try(
+    kafka: KafkaPython, group: str, server: Server, database: Configure
+) -> None:
+    database(CONN_MAX_AGE=None)
+    topic, stop = kafka.topic(range(6)), threading.Event()
+    handled: list[str] = []
+    failed = 0
+
+    def handle(message: Any) -> None:
+        nonlocal failed
+        if len(handled) == 3 and not failed:
+            failed += 1
+            server.end_all()
+        query()
+        handled.append(kafka.value(message))
+        if len(handled) == 6:
+            stop.set()
+
+    with connguard.job("a command"):
+        query()
+        kafka.deliver(kafka.consumer(topic, group), handle, backoff=(0.01, 0.02), stop=stop)
+    assert sorted(handled) == list("012345")
+
+    def body(message: Any) -> bool:
+        query()
+        server.end_all()
+        handled.append(kafka.value(message))
+        return len(handled) == 9
+
+    kafka.produce(topic, "678")
+    with connguard.job("a command"):
+        kafka.each(kafka.consumer(topic, group), body)
+    assert sorted(handled) == list("012345678")
+
+
+def test_offsets_do_not_go_ahead_of_an_outer_transaction(
+    kafka: KafkaPython, group: str, database: Configure
+) -> None:
+    consumer = kafka.consumer(kafka.topic([1]), group)
+    with transaction.atomic():
+        with pytest.raises(TransactionManagementError, match=r"deliver\(\) was called inside"):
+            deliver(consumer, print)
+        with pytest.raises(TransactionManagementError, match=r"batches\(\) was called inside"):
+            batches(consumer, commit=True)
+
+
+def test_a_handler_that_leaves_a_transaction_open_has_failed(
+    client: KafkaPython, group: str, database: Configure
+) -> None:
+    topic, stop = client.topic(["an order"]), threading.Event()
+    poisoned: list[Exception] = []
+
+    def handle(message: Any) -> None:
+        transaction.set_autocommit(False)
+        query()
+
+    def poison(message: Any, error: Exception) -> None:
+        poisoned.append(error)
+        stop.set()
+
+    options = {"tries": 2, "backoff": (0.01, 0.02), "poison": poison, "stop": stop}
+    client.deliver(client.consumer(topic, group), handle, **options)
+    assert [type(error) for error in poisoned] == [TransactionManagementError]
+
+
+def test_a_consumer_that_a_handler_closes_ends_the_delivery(
+    client: KafkaPython, group: str, database: Configure
+) -> None:
+    consumer = client.consumer(client.topic(range(8)), group)
+    handled = []
+
+    def handle(message: Any) -> None:
+        handled.append(client.value(message))
+        if isinstance(client, AioKafka):
+            async_to_sync(consumer.made.stop)()
+        else:
+            consumer.close()
+
+    client.deliver(consumer, handle)
+    assert len(handled) == 1
+
+
+def test_a_message_that_cannot_be_read_takes_none_along(
+    cluster: MockCluster, group: str, database: Configure
+) -> None:
+    from confluent_kafka import DeserializingConsumer
+
+    def whole(value: bytes, context: object) -> bytes:
+        if value == b"three":
+            raise ValueError("it is no number")
+        return value
+
+    client = Confluent(cluster)
+    topic = client.topic()
+    client.produce(topic, [0, 1, 2, "three", 4], partitions=1)
+    consumer = DeserializingConsumer(
+        {
+            "bootstrap.servers": cluster.servers,
+            "group.id": group,
+            "enable.auto.offset.store": False,
+            "auto.offset.reset": "earliest",
+            "value.deserializer": whole,
+        }
+    )
+    consumer.subscribe([topic])
+    seen: list[str] = []
+
+    def read() -> None:
+        for batch in batches(consumer, commit=True, max_records=2):
+            seen.extend(map(client.value, batch))
+
+    for _ in range(2):
+        with pytest.raises(Exception, match="it is no number"):
+            read()
+    consumer.close()
+    assert seen[:2] == ["0", "1"]
+    assert seen.count("2") == 0  # it comes again, with the one behind it
+
+
+class Handler:
+    async def __call__(self, message: Any) -> None: ...
+
+
+async def give_up(message: Any, error: Exception) -> None: ...
+
+
+def test_what_is_async_is_told_apart(kafka: KafkaPython, group: str, database: Configure) -> None:
+    topic = kafka.topic([1])
+    wrong: list[tuple[Any, Any]] = [(Handler(), None), (Handler().__call__, None), (print, give_up)]
+    for handle, poison in wrong:
+        consumer = kafka.consumer(topic, group)
+        with pytest.raises(TypeError, match=r"use adeliver\(\)"):
+            deliver(consumer, handle, poison=poison)
+        with pytest.raises(TypeError, match=r"use deliver\(\)"):
+            asyncio.run(adeliver(consumer, handle, poison=poison))
+        consumer.close()
+    with pytest.raises(TypeError, match="has only returned <coroutine"):
+        deliver(kafka.consumer(topic, group), partial(_call, Handler()))
+    with pytest.raises(TypeError, match="has only returned <generator"):
+        deliver(kafka.consumer(topic, group), lambda message: (yield message))
+
+
+def _call(function: Callable[[Any], Any], message: Any) -> Any:
+    return function(message)
+
+
+def test_an_error_counts_though_another_database_is_out_of_reach(
+    kafka: KafkaPython, group: str, database: Configure
+) -> None:
+    stop = threading.Event()
+    poisoned: list[Exception] = []
+
+    def handle(message: Any) -> None:
+        with suppress(OperationalError):
+            connections["down"].ensure_connection()
+        with connection.cursor() as cursor:
+            cursor.execute("SET statement_timeout = 50")
+            cursor.execute("SELECT pg_sleep(5)")
+
+    def poison(message: Any, error: Exception) -> None:
+        poisoned.append(error)
+        stop.set()
+
+    options = {"tries": 2, "backoff": (0.01, 0.02), "poison": poison, "stop": stop}
+    with alias("down", HOST="127.0.0.1", PORT="1"):
+        kafka.deliver(kafka.consumer(kafka.topic([1]), group), handle, **options)
+    assert [type(error) for error in poisoned] == [OperationalError]
+
+
+def test_a_signal_ends_every_loop_of_the_main_thread(
+    kafka: KafkaPython, group: str, database: Configure
+) -> None:
+    topic = kafka.topic(range(8))
+    outer = messages(kafka.consumer(topic, group))
+    next(outer)
+    handled: list[str] = []
+
+    def handle(message: Any) -> None:
+        handled.append(kafka.value(message))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    kafka.deliver(kafka.consumer(topic, f"{group}-2"), handle)
+    assert len(handled) == 1
+    assert [*outer] == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_handler_in_anyones_loop_is_a_unit_of_work(
     kafka: KafkaPython, group: str, database: Configure, jobs: list[dict[str, Any]]
 ) -> None:
@@ -560,6 +751,9 @@ def test_a_consumer_that_commits_by_itself_is_refused_where_connguard_commits(
         client.each_batch(consumer, bool, commit=True)
     with pytest.raises(ValueError, match=rf"create it with {setting}=False"):
         client.deliver(consumer, bool)
+    if type(client) is not KafkaPython:  # which commits when it polls, not in the background
+        with pytest.raises(ValueError, match=rf"create it with {setting}=False"):
+            client.each(consumer, bool)
     client.close(consumer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import AsyncGenerator, Callable, Generator
 from functools import wraps
@@ -32,6 +33,8 @@ from django_connguard.signals import job_finished
 P = ParamSpec("P")
 R = TypeVar("R")
 
+logger = logging.getLogger("django_connguard")
+
 
 def messages(consumer: Any, *, timeout: float = 1.0, stop: Event | None = None) -> Any:
     """Iterate over a consumer's messages; each is a unit of work until the next is asked for.
@@ -46,9 +49,14 @@ def messages(consumer: Any, *, timeout: float = 1.0, stop: Event | None = None) 
     loop between two messages when it is set. In the main thread SIGTERM and SIGINT do so, unless
     the program handles them itself. When stopped, the consumer is closed and leaves its group.
 
-    Raises TypeError for a consumer of an unknown library, ValueError for one that is closed.
+    Inside another job, the unit of work is that job's, and a ``checkpoint()`` follows each message.
+
+    Raises TypeError for a consumer of an unknown library, ValueError for one that is closed, or
+    that commits in the background what is still being handled, as aiokafka and confluent-kafka do
+    unless told otherwise.
     """
     client = client_of(consumer, "messages")
+    check_number("messages", timeout=timeout)
     return (_messages_async if client.is_async else _messages)(client, timeout, stop)
 
 
@@ -69,12 +77,14 @@ def batches(
     The unit is named ``topic[partition]``, or ``topic[*]`` if there are several partitions. For
     the rest, see ``messages()``.
 
-    Raises TypeError and ValueError as that does, and ValueError if ``commit`` meets a consumer that
-    commits by itself or has no group.
+    Raises TypeError and ValueError as that does, ValueError if ``commit`` meets a consumer that
+    commits by itself or has no group, and TransactionManagementError if it is called inside an
+    ``atomic`` block.
     """
-    if max_records < 1:
-        raise ValueError(f"batches() takes max_records={max_records!r}: it must be 1 or more.")
     client = client_of(consumer, "batches", commits=commit)
+    check_number("batches", timeout=timeout, max_records=max_records)
+    if commit:
+        refuse_transactions("batches")
     loop = _batches_async if client.is_async else _batches
     return loop(client, timeout, max_records, commit, stop)
 
@@ -87,16 +97,25 @@ def handler(func: Any = None, /, *, retry_stale: int = 0) -> Any:
     """Make each call of a function, which takes a message, a unit of work named after that.
 
     For a loop of your own: ``@handler``, on functions, methods and coroutines. The message is the
-    first argument that is one. ``retry_stale``: see ``job()``. Raises TypeError when it is called
-    without a message.
+    first argument that is one. ``retry_stale``: see ``job()``. Raises TypeError for anything else,
+    and when it is called without a message.
     """
+    if retry_stale < 0:
+        raise ValueError(f"handler() takes retry_stale={retry_stale!r}: it must be 0 or more.")
     if func is None:
         return lambda func: _handler(func, retry_stale)
     return _handler(func, retry_stale)
 
 
+def is_async(func: Any) -> bool:
+    """Return whether calling ``func`` makes a coroutine."""
+    return iscoroutinefunction(func) or iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+
+
 def _handler(func: Callable[..., Any], retry_stale: int) -> Callable[..., Any]:
-    if iscoroutinefunction(func):
+    if not callable(func) or inspect.isgeneratorfunction(func) or inspect.isasyncgenfunction(func):
+        raise TypeError(f"handler() decorates functions, methods and coroutines, not {func!r}.")
+    if is_async(func):
 
         @wraps(func)
         async def run_async(*args: Any, **kwargs: Any) -> Any:
@@ -123,7 +142,7 @@ def _handler(func: Callable[..., Any], retry_stale: int) -> Callable[..., Any]:
 
 def _message_in(*arguments: Any) -> Message:
     for argument in arguments:
-        if hasattr(argument, "topic") and hasattr(argument, "partition"):
+        if all(hasattr(argument, name) for name in ("topic", "partition", "offset")):
             return argument
     raise TypeError(f"No Kafka message among the arguments {arguments!r}.")
 
@@ -157,12 +176,14 @@ def lag(consumer: Any) -> dict[tuple[str, int], int]:
     which nothing was fetched yet is left out. For kafka-python and confluent-kafka. Raises
     TypeError and ValueError as ``messages()`` does.
     """
-    client = client_of(consumer, "lag")
+    client = client_of(consumer, "lag", consumes=False)
+    if client.is_async:
+        raise TypeError("lag() is for sync consumers; ask an aiokafka one for its highwater().")
     found = {}
     for partition in client.assigned():
         end = client.highwater(partition)
-        if end is not None:
-            position = client.position(partition)
+        position = client.position(partition)
+        if end is not None and position is not None and position >= 0:
             found[partition.topic, partition.partition] = max(0, end - position)
     return found
 
@@ -184,8 +205,11 @@ def _messages(client: Client, timeout: float, stop: Event | None) -> Generator[M
                 with unit:
                     yield message
             except BaseException:
-                client.rewind([message])
+                _come_again(client, [message])
                 raise
+            client.handled([message])
+            if unit.started is None:  # another job's: this much can be done in its midst
+                checkpoint()
     client.close()
 
 
@@ -211,7 +235,7 @@ async def _messages_async(
                 async with _async_unit(message_name(message), message):
                     yield message
             except BaseException:
-                await client.rewind([message])
+                await _come_again_async(client, [message])
                 raise
     await client.close()
 
@@ -230,11 +254,14 @@ def _batches(
                 with unit:
                     yield batch
                     if commit:
-                        _must_be_committed(unit)
+                        must_be_committed()
                         client.commit(batch)
             except BaseException:
-                client.rewind(batch)
+                _come_again(client, batch)
                 raise
+            client.handled(batch)
+            if unit.started is None:
+                checkpoint()
     if not client.is_closed():
         client.close()
 
@@ -253,10 +280,10 @@ async def _batches_async(
                 async with unit:
                     yield batch
                     if commit:
-                        await sync_to_async(_must_be_committed)(unit.unit)
+                        await sync_to_async(must_be_committed)()
                         await client.commit(batch)
             except BaseException:
-                await client.rewind(batch)
+                await _come_again_async(client, batch)
                 raise
     if not client.is_closed():
         await client.close()
@@ -269,17 +296,58 @@ def _async_unit(name: str, first: Message) -> AsyncUnit:
     return unit
 
 
-def _must_be_committed(unit: Unit) -> None:
-    """Raise TransactionManagementError if the boundary is about to roll the batch's work back."""
-    if unit.started is None:  # it has nothing to say: inside a TestCase's transaction, for instance
-        return
+def _come_again(client: Client, messages: list[Message]) -> None:
+    # As the loop ends, by an error of its body perhaps, which must come out.
+    try:
+        client.rewind(messages)
+    except Exception:
+        logger.exception("Kafka: could not go back to the messages in hand.")
+
+
+async def _come_again_async(client: Client, messages: list[Message]) -> None:
+    try:
+        await client.rewind(messages)
+    except Exception:
+        logger.exception("Kafka: could not go back to the messages in hand.")
+
+
+def check_number(function: str, **settings: object) -> None:
+    """Raise ValueError for a setting that is no number above 0."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{function}() takes {name}={value!r}: it must be a number above 0.")
+
+
+def refuse_transactions(function: str) -> None:
+    """Raise TransactionManagementError inside a transaction: offsets must not go ahead of it."""
+    if (alias := _in_transaction()) is not None:
+        raise TransactionManagementError(
+            f"{function}() was called inside a transaction on connection {alias!r}; were that "
+            "rolled back, the messages whose offsets it commits would be lost. Call it outside."
+        )
+
+
+def must_be_committed() -> None:
+    """Raise TransactionManagementError if work may still be rolled back."""
+    if (alias := _in_transaction()) is not None:
+        raise TransactionManagementError(
+            f"A message's or batch's handling has left a transaction open on connection {alias!r}: "
+            "its offsets are not committed. End it before the next is asked for."
+        )
+
+
+def _in_transaction() -> str | None:
+    """Return an alias that is in a transaction, but for the one around a test of Django's."""
     for link in current().links.values():
         wrapper = link.wrapper
-        autocommits = wrapper.autocommit == wrapper.settings_dict["AUTOCOMMIT"]
-        if wrapper.in_atomic_block or (
-            wrapper.connection is not None and (not autocommits or link.state() == IN_TRANSACTION)
-        ):
-            raise TransactionManagementError(
-                f"The batch's body has left a transaction open on connection {wrapper.alias!r}: "
-                "its offsets are not committed. End it before the next batch is asked for."
+        if wrapper.in_atomic_block:
+            blocks: Any = wrapper.atomic_blocks
+            found = not all(block._from_testcase for block in blocks)
+        else:
+            found = wrapper.connection is not None and (
+                wrapper.autocommit != wrapper.settings_dict["AUTOCOMMIT"]
+                or link.state() == IN_TRANSACTION
             )
+        if found:
+            return wrapper.alias
+    return None

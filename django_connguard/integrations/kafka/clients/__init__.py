@@ -17,11 +17,13 @@ _KINDS = (
 )
 
 
-def client_of(consumer: Any, function: str, *, commits: bool = False) -> Client:
-    """Return what speaks to ``consumer`` for ``function()``; ``commits``: that commits offsets.
+def client_of(
+    consumer: Any, function: str, *, consumes: bool = True, commits: bool = False
+) -> Client:
+    """Return what speaks to ``consumer`` for ``function()``, which consumes, or commits as well.
 
     Raises TypeError for what is no consumer of a library known here, and ValueError for one that
-    is closed, or that cannot leave the commits to ``function()``.
+    is closed, or that would commit what has not been handled.
     """
     for module, name, kind in _KINDS:
         known = getattr(sys.modules.get(module), name, None)
@@ -38,10 +40,10 @@ def client_of(consumer: Any, function: str, *, commits: bool = False) -> Client:
         raise ValueError(f"{function}() was given a consumer that is {state}: {consumer!r}.")
     if commits and not client.has_group():
         raise ValueError(f"{function}() commits offsets, for which the consumer needs a group_id.")
-    setting = client.commits_by_itself() if commits else None
-    if setting is not None:
+    setting = client.commits_by_itself()
+    if setting is not None and (commits or (consumes and client.commits_in_background)):
         raise ValueError(
-            f"{function}() commits offsets when their messages have been handled; the consumer "
-            f"would commit them sooner by itself: create it with {setting}=False."
+            f"{function}() was given a consumer that commits by itself, and so loses messages that "
+            f"have not been handled: create it with {setting}=False."
         )
     return client

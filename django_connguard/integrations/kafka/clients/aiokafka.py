@@ -51,9 +51,11 @@ class AioKafka(Client):
         return TopicPartition(topic, partition)
 
     async def commit(self, messages: Iterable[Message]) -> None:
+        assigned = self.assigned()
         offsets = {
-            self.there(topic, partition): last + 1
+            there: last + 1
             for (topic, partition), (_, last) in spans(messages).items()
+            if (there := self.there(topic, partition)) in assigned  # or it refuses them all
         }
         with failure_logged():
             await self.consumer.commit(offsets)

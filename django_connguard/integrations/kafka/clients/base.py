@@ -19,6 +19,7 @@ class Client:
     """
 
     is_async = False
+    commits_in_background = True  # if it commits by itself: while a message is being handled
     patience = float("inf")  # seconds without a message after which the consumer's loop ends
 
     def __init__(self, consumer: Any) -> None:
@@ -50,8 +51,11 @@ class Client:
         raise NotImplementedError
 
     def rewind(self, messages: Iterable[Message]) -> Any:
-        """Make the first of these the next of its partition, unless seek() was used meanwhile."""
+        """Make the first of these the next of its partition, if that is further on now."""
         raise NotImplementedError
+
+    def handled(self, messages: Iterable[Message]) -> None:
+        """Take note that these may be committed by whoever commits."""
 
     def seek(self, topic: str, partition: int, offset: int) -> None:
         """Make this offset the next of a partition, if that is still assigned."""

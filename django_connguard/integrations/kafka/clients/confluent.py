@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from django_connguard.integrations.kafka.clients.base import Client, failure_logged
@@ -59,10 +60,21 @@ class Confluent(Client):
         # Not consume(), which consumers with deserializers do not have.
         messages: list[Message] = []
         self._timeout = timeout
-        while len(messages) < max_records and (message := self.one()) is not None:
-            messages.append(message)
-            self._timeout = 0
+        try:
+            while len(messages) < max_records and (message := self.one()) is not None:
+                messages.append(message)
+                self._timeout = 0
+        except BaseException:  # of a deserializer, say
+            self.rewind(messages)
+            raise
         return messages
+
+    def handled(self, messages: Iterable[Message]) -> None:
+        from confluent_kafka import KafkaException
+
+        # For its own commits in the background, if those are on.
+        with suppress(KafkaException):  # of a partition that is no longer assigned
+            self.consumer.store_offsets(offsets=self._after(messages))
 
     def rewind(self, messages: Iterable[Message]) -> None:
         for (topic, partition), (first, _) in spans(messages).items():
@@ -80,14 +92,22 @@ class Confluent(Client):
         return TopicPartition(topic, partition)
 
     def commit(self, messages: Iterable[Message]) -> None:
+        from confluent_kafka import KafkaException
+
+        with failure_logged():
+            for partition in self.consumer.commit(
+                offsets=self._after(messages), asynchronous=False
+            ):
+                if partition.error:
+                    raise KafkaException(partition.error)
+
+    def _after(self, messages: Iterable[Message]) -> list[Any]:
         from confluent_kafka import TopicPartition
 
-        offsets = [
+        return [
             TopicPartition(topic, partition, last + 1)
             for (topic, partition), (_, last) in spans(messages).items()
         ]
-        with failure_logged():
-            self.consumer.commit(offsets=offsets, asynchronous=False)
 
     def pause(self) -> set[Any]:
         paused = self.assigned()

@@ -13,6 +13,8 @@ from django_connguard.integrations.kafka.places import Message, spans
 class KafkaPython(Client):
     """kafka-python 2 and 3."""
 
+    commits_in_background = False  # but when it polls or is closed
+
     def commits_by_itself(self) -> str | None:
         return "enable_auto_commit" if self.consumer.config["enable_auto_commit"] else None
 
@@ -24,7 +26,10 @@ class KafkaPython(Client):
         # The consumer's own iterator, since with it each message is consumed for itself: a
         # commit() in a loop's body means the messages so far, not all that a poll has returned.
         config = self.consumer.config
-        before = config["consumer_timeout_ms"]
+        # Another loop over this consumer, not ended yet, has changed it.
+        before = self.consumer.__dict__.setdefault(
+            "_connguard_timeout_ms", config["consumer_timeout_ms"]
+        )
         self.patience = before / 1000
         config["consumer_timeout_ms"] = min(before, timeout * 1000)
         try:
