@@ -73,7 +73,7 @@ class Confluent(Client):
         from confluent_kafka import KafkaException
 
         # For its own commits in the background, if those are on.
-        with suppress(KafkaException):  # of a partition that is no longer assigned
+        with suppress(KafkaException, RuntimeError):  # no longer assigned, or closed
             self.consumer.store_offsets(offsets=self._after(messages))
 
     def rewind(self, messages: Iterable[Message]) -> None:
