@@ -532,6 +532,7 @@ def test_an_error_counts_though_another_database_is_out_of_reach(
 def test_a_signal_ends_every_loop_of_the_main_thread(
     kafka: KafkaPython, group: str, database: Configure
 ) -> None:
+    interrupt = signal.getsignal(signal.SIGINT)
     topic = kafka.topic(range(8))
     outer = messages(kafka.consumer(topic, group))
     next(outer)
@@ -545,7 +546,7 @@ def test_a_signal_ends_every_loop_of_the_main_thread(
     assert len(handled) == 1
     assert [*outer] == []
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is interrupt
 
 
 def test_a_handler_in_anyones_loop_is_a_unit_of_work(
@@ -644,6 +645,8 @@ def test_lag_is_what_is_in_store(client: KafkaPython, group: str, database: Conf
 
 
 CONSUMER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
 import django; django.setup()
 import sys
 from tests.server import query
@@ -678,7 +681,10 @@ def test_a_signal_stops_the_consumer_between_messages_and_it_leaves_its_group(
     assert process.stdout
     assert process.stdout.readline() == "first\n"
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=20)
+    try:
+        stdout, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert (process.returncode, stdout) == (0, "closed\n"), stderr
     assert server.settles_at(0)
     kafka.produce(topic, ["second"])
@@ -699,6 +705,7 @@ def test_a_signal_stops_the_consumer_between_messages_and_it_leaves_its_group(
 def test_signals_that_the_program_handles_itself_are_left_to_it(
     kafka: KafkaPython, group: str, database: Configure
 ) -> None:
+    interrupt = signal.getsignal(signal.SIGINT)
     caught: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: caught.append(number))
     try:
@@ -714,7 +721,7 @@ def test_signals_that_the_program_handles_itself_are_left_to_it(
         assert caught == [signal.SIGTERM] * 3
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is interrupt
     consumer.close()
 
 
