@@ -21,15 +21,10 @@ from django_connguard import hygiene
 from django_connguard.boundary import Unit
 from django_connguard.integrations.kafka.clients import client_of
 from django_connguard.integrations.kafka.clients.base import Client
-from django_connguard.integrations.kafka.loops import (
-    check_number,
-    handler,
-    is_async,
-    must_be_committed,
-    refuse_transactions,
-)
+from django_connguard.integrations.kafka.loops import check_number, handler, is_async
 from django_connguard.integrations.kafka.places import Message, message_name, place
 from django_connguard.integrations.kafka.stopping import stopping
+from django_connguard.integrations.kafka.transactions import must_be_committed, refuse_transactions
 from django_connguard.long_jobs import checkpoint
 from django_connguard.ownership import current
 

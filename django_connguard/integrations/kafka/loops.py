@@ -11,11 +11,9 @@ from threading import Event
 from typing import Any, ParamSpec, TypeVar, overload
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
-from django.db.transaction import TransactionManagementError
 
 from django_connguard.async_unit import AsyncUnit
 from django_connguard.boundary import Unit
-from django_connguard.drivers.link import IN_TRANSACTION
 from django_connguard.integrations.kafka.clients import client_of
 from django_connguard.integrations.kafka.clients.base import Client
 from django_connguard.integrations.kafka.places import (
@@ -25,9 +23,9 @@ from django_connguard.integrations.kafka.places import (
     wait_of,
 )
 from django_connguard.integrations.kafka.stopping import stopping
+from django_connguard.integrations.kafka.transactions import must_be_committed, refuse_transactions
 from django_connguard.job import job
 from django_connguard.long_jobs import acheckpoint, checkpoint
-from django_connguard.ownership import current
 from django_connguard.signals import job_finished
 
 P = ParamSpec("P")
@@ -316,38 +314,3 @@ def check_number(function: str, **settings: object) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
             raise ValueError(f"{function}() takes {name}={value!r}: it must be a number above 0.")
-
-
-def refuse_transactions(function: str) -> None:
-    """Raise TransactionManagementError inside a transaction: offsets must not go ahead of it."""
-    if (alias := _in_transaction()) is not None:
-        raise TransactionManagementError(
-            f"{function}() was called inside a transaction on connection {alias!r}; were that "
-            "rolled back, the messages whose offsets it commits would be lost. Call it outside."
-        )
-
-
-def must_be_committed() -> None:
-    """Raise TransactionManagementError if work may still be rolled back."""
-    if (alias := _in_transaction()) is not None:
-        raise TransactionManagementError(
-            f"A message's or batch's handling has left a transaction open on connection {alias!r}: "
-            "its offsets are not committed. End it before the next is asked for."
-        )
-
-
-def _in_transaction() -> str | None:
-    """Return an alias that is in a transaction, but for the one around a test of Django's."""
-    for link in current().links.values():
-        wrapper = link.wrapper
-        if wrapper.in_atomic_block:
-            blocks: Any = wrapper.atomic_blocks
-            found = not all(block._from_testcase for block in blocks)
-        else:
-            found = wrapper.connection is not None and (
-                wrapper.autocommit != wrapper.settings_dict["AUTOCOMMIT"]
-                or link.state() == IN_TRANSACTION
-            )
-        if found:
-            return wrapper.alias
-    return None
