@@ -103,7 +103,11 @@ def consumers(
         "topic": topic,
         "group": topic,
         "log": str(log),
-        "kafka": {**kafka.options, "session_timeout_ms": 1500},
+        "kafka": {
+            **kafka.options,
+            "session_timeout_ms": 1500,
+            "reconnect_backoff_max_ms": 500,  # not 30 s, when the broker is back
+        },
         "deliver": {"backoff": [0.05, 0.5], "tries": 5, "max_records": 50},
     }
     code = f"from tests.kafka_consumer import main; main({json.dumps(given)!r})"

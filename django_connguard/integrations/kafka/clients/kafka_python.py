@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from django_connguard.integrations.kafka.clients.base import Client, failure_logged
 from django_connguard.integrations.kafka.places import Message, spans
+
+logger = logging.getLogger("django_connguard")
+
+RETRY = 0.5  # seconds
 
 
 class KafkaPython(Client):
@@ -38,11 +44,26 @@ class KafkaPython(Client):
             config["consumer_timeout_ms"] = before
 
     def one(self) -> Message | None:
-        return next(self.consumer, None)
+        try:
+            return next(self.consumer, None)
+        except Exception as error:
+            self._bear(error)
+        return None
 
     def many(self, timeout: float, max_records: int) -> list[Message]:
-        found = self.consumer.poll(timeout_ms=int(timeout * 1000), max_records=max_records)
+        try:
+            found = self.consumer.poll(timeout_ms=int(timeout * 1000), max_records=max_records)
+        except Exception as error:
+            self._bear(error)
+            return []
         return [message for messages in found.values() for message in messages]
+
+    def _bear(self, error: Exception) -> None:
+        """Go on after a KafkaError that passes by itself: 3.x raises it when the broker restarts."""
+        if not getattr(error, "retriable", False):
+            raise error
+        logger.warning("Kafka: %s", error)
+        time.sleep(RETRY)
 
     def rewind(self, messages: Iterable[Message]) -> None:
         assigned = self.assigned()
