@@ -59,7 +59,7 @@ class KafkaPython(Client):
         return [message for messages in found.values() for message in messages]
 
     def _bear(self, error: Exception) -> None:
-        """Go on after a KafkaError that passes by itself: 3.x raises it when the broker restarts."""
+        """Go on after what passes by itself, as 3.x raises when the broker restarts."""
         if not getattr(error, "retriable", False):
             raise error
         logger.warning("Kafka: %s", error)
