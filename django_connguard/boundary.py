@@ -9,7 +9,6 @@ from types import TracebackType
 from weakref import ref
 
 from django.core.signals import request_finished, request_started
-from django.dispatch import Signal
 
 from django_connguard import connecting, hygiene  # noqa: F401  (connections must be watched)
 from django_connguard.conf import conf
@@ -95,7 +94,9 @@ class Unit:
                 return False
         for link in held:
             hygiene.before_job(link, self.name, self.closed)
-        if self._sends(request_started):
+        # Where nobody else listens, what Django's receivers do is done without sending it.
+        wanted = conf.REQUEST_SIGNALS if self.signals is None else self.signals
+        if wanted and not is_djangos_own(request_started, Unit):
             send(request_started, Unit, owner, self.closed)
         else:
             reset_queries_as_django(owner)
@@ -173,18 +174,14 @@ class Unit:
             link.tally.count_unit(started, link.opened_at, now)
             link.opened_outside = False  # the jobs' from now on
             hygiene.after_job(link, self.name, exception is not None, self.closed)
-        if self._sends(request_finished):
+        wanted = conf.REQUEST_SIGNALS if self.signals is None else self.signals
+        if wanted and not is_djangos_own(request_finished, Unit):
             send(request_finished, Unit, owner, self.closed)
             for link in owner.held():
                 hygiene.close_if_old(link, self.closed)
         else:
             hygiene.close_old_connections(held, self.closed)
             close_caches()
-
-    def _sends(self, signal: Signal) -> bool:
-        # Where nobody else listens, what Django's receivers do is done without sending it.
-        wanted = conf.REQUEST_SIGNALS if self.signals is None else self.signals
-        return wanted and not is_djangos_own(signal, Unit)
 
     def _leave(self, owner: Owner) -> None:
         self._owner = None
