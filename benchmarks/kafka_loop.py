@@ -23,9 +23,12 @@ from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import django
+
+if TYPE_CHECKING:
+    from tests.own_kafka import Broker
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "benchmarks.settings")
 
@@ -67,13 +70,12 @@ class Rows:
 class Topic:
     """Messages on a broker of the benchmark's own."""
 
-    def __init__(self, servers: str, count: int) -> None:
-        import kafka
+    def __init__(self, broker: Broker, count: int) -> None:
         from kafka import KafkaProducer
 
-        # 3.x does not find out the version of a broker that old.
-        old = {} if kafka.__version__ < "3" else {"api_version": (0, 9)}
-        self._options: dict[str, Any] = {"bootstrap_servers": servers, **old}
+        from tests.kafka_clients import KafkaPython
+
+        self._options = KafkaPython(broker).options
         self._name = f"benchmark-{uuid.uuid4().hex[:8]}"
         producer = KafkaProducer(**self._options)
         for number in range(count):
@@ -136,7 +138,7 @@ def main() -> None:
         broker = Broker(Path(folder), partitions=1)
         broker.start()
         try:
-            topic = Topic(broker.servers, options.messages)
+            topic = Topic(broker, options.messages)
             loads: list[tuple[str, Callable[[Any], None], int]] = [
                 ("no-op", lambda message: None, options.messages),
                 ("one write", write, min(options.writes, options.messages)),

@@ -33,6 +33,15 @@ def watch_streams(wrapper: BaseDatabaseWrapper) -> None:
     wrapper._connguard_streams = cursors  # type: ignore[attr-defined]
 
 
+def in_testcase(wrapper: BaseDatabaseWrapper) -> bool:
+    """Return whether the only blocks open are those that Django's TestCase makes around a test.
+
+    Django itself looks through them for durable blocks.
+    """
+    blocks: Any = wrapper.atomic_blocks
+    return wrapper.in_atomic_block and all(block._from_testcase for block in blocks)
+
+
 def in_use(wrapper: BaseDatabaseWrapper) -> str | None:
     """Return what is going on that needs the connection as it is."""
     if wrapper.in_atomic_block:

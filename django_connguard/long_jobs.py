@@ -12,7 +12,7 @@ from django.db.transaction import TransactionManagementError
 
 from django_connguard import hygiene
 from django_connguard.drivers.link import BUSY, IN_TRANSACTION, Link
-from django_connguard.in_use import in_use
+from django_connguard.in_use import in_testcase, in_use
 from django_connguard.ownership import current
 from django_connguard.request_signals import reset_queries_as_django
 
@@ -112,9 +112,7 @@ def _must_be_free(link: Link) -> None:
     if where is None:
         with suppress(Exception):  # of a connection that is broken nothing can be lost
             where = {IN_TRANSACTION: "a transaction", BUSY: "a query"}.get(link.state())
-    # As Django itself does for durable blocks, look through those of its TestCase.
-    in_test = all(block._from_testcase for block in wrapper.atomic_blocks)  # type: ignore[attr-defined]
-    if where is not None and not (wrapper.in_atomic_block and in_test):
+    if where is not None and not in_testcase(wrapper):
         raise TransactionManagementError(
             f"released() was called inside {where} on connection {wrapper.alias!r}, which closing "
             "the connection would cut off: call it before that begins or after it has ended."

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from django.db.transaction import TransactionManagementError
 
 from django_connguard.drivers.link import IN_TRANSACTION
+from django_connguard.in_use import in_testcase
 from django_connguard.ownership import current
 
 
@@ -33,8 +32,7 @@ def _in_transaction() -> str | None:
     for link in current().links.values():
         wrapper = link.wrapper
         if wrapper.in_atomic_block:
-            blocks: Any = wrapper.atomic_blocks
-            found = not all(block._from_testcase for block in blocks)
+            found = not in_testcase(wrapper)
         else:
             found = wrapper.connection is not None and (
                 wrapper.autocommit != wrapper.settings_dict["AUTOCOMMIT"]
